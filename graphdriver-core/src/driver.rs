@@ -1,0 +1,339 @@
+//! The contract between the engine and a storage driver.
+
+use crate::{ByteSize, LayerId, Result};
+use serde::Serialize;
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+/// A storage driver: the mechanism that makes, freezes, describes, measures and removes the storage of numbered layers.
+///
+/// # Words
+///
+/// A *layer* is one filesystem state with at most one parent. It is *active* (writable), a *view* (read-only, never
+/// committed) or *committed* (immutable; only committed layers have children). A *chain* is a layer and its
+/// ancestors, topmost first. A *mount recipe* is what `mount(2)` wants: type, source, options. A driver describes
+/// mounts and does not perform them, so that a recipe can be carried out in another mount namespace.
+///
+/// # Who knows what
+///
+/// Names, kinds, parents, labels, intents and reference counts are the [store](crate::store)'s, the same for every
+/// driver. A driver is told the numbers of a layer's parents (topmost first) whenever it needs them, and remembers
+/// nothing but what lies on its disk. The store never gives a number twice, records its intent before it calls,
+/// and calls [`reclaim`](Self::reclaim) for what a crash left.
+///
+/// # Lifecycle
+///
+/// ```text
+/// create ──▶ active ──commit──▶ committed ──▶ (parent of others) ──▶ remove
+///              │  ▲
+///              ▼  │ mount: as often as wanted; release: nobody has it mounted now
+///            remove
+/// ```
+///
+/// # Promises, each a case of the conformance suite
+///
+/// * Atomic: a call takes effect wholly or not at all. What an interrupted call left is unreachable, and `remove` of the
+///   same number or `reclaim` frees it; `create` of a number that has leftovers succeeds.
+/// * Isolated: what is written to one layer is never seen through another.
+/// * Honest: an option that cannot be enforced is [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) with what is missing.
+/// * Durable: after `commit` has returned the layer survives a power cut, whole.
+/// * `remove` of an unknown number is no error, so that an interrupted removal can be repeated.
+/// * All methods may be called from several threads and processes at once, for different layers.
+///
+/// # Example
+///
+/// What the engine does to unpack an image of one layer, and to run a container on it. The in-memory reference
+/// driver stands in for a real one.
+///
+/// ```
+/// # #[cfg(feature = "model")] {
+/// use graphdriver_core::{Access, GraphDriver, LayerId, LayerOptions, model::ModelDriver};
+///
+/// let driver = ModelDriver::new();
+/// let (image, container) = (LayerId(1), LayerId(2));
+///
+/// // The image's layer: active while it is filled, then frozen.
+/// driver.create(image, &[], &LayerOptions::default())?;
+/// driver.tree(image, &[])?.mkdir("etc", 0o755)?;
+/// driver.commit(image)?;
+///
+/// // The container's writable layer on top of it.
+/// driver.create(container, &[image], &LayerOptions::default())?;
+/// let _recipe = driver.mount(container, &[image], Access::ReadWrite)?;
+/// driver.tree(container, &[image])?.write_file("etc/hostname", b"box\n", 0o644)?;
+///
+/// // What the container wrote never reaches the image.
+/// assert!(driver.tree(image, &[])?.read_file("etc/hostname").is_err());
+///
+/// // Children go before their parents.
+/// driver.release(container)?;
+/// driver.remove(container)?;
+/// driver.remove(image)?;
+/// # }
+/// # Ok::<(), graphdriver_core::Error>(())
+/// ```
+pub trait GraphDriver: Send + Sync {
+    /// The name users pass to `--storage-driver`.
+    fn name(&self) -> &'static str;
+
+    /// What this instance was found to support when it was opened.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Facts for `graphdriver info`, in the order to print them: `("Backing Filesystem", "ext4")`.
+    fn status(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    /// Makes an active layer on `parents` (topmost first; empty for a base layer). Its root is a directory of mode
+    /// 0755 owned by the caller's root user, or what the parent's root is.
+    ///
+    /// Fails with `AlreadyExists` if the layer is there whole, with `Unsupported` for an option that cannot be enforced
+    /// and for more parents than [`Capabilities::max_depth`].
+    fn create(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()>;
+
+    /// Freezes an active layer. After it returns the layer survives a power cut. Committing twice is no error.
+    fn commit(&self, id: LayerId) -> Result<()>;
+
+    /// The recipe that shows the layer on top of its parents; several steps are carried out in order on one target.
+    /// `ReadWrite` is for active layers only.
+    fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>>;
+
+    /// A hint that nobody has it mounted: a device may sleep until the next `mount`.
+    fn release(&self, _id: LayerId) -> Result<()> {
+        Ok(())
+    }
+
+    /// The space that only this layer takes, without its parents'.
+    fn usage(&self, id: LayerId) -> Result<Usage>;
+
+    /// Frees the layer. Of an unknown number: no error. Fails with `Busy` if something holds it.
+    fn remove(&self, id: LayerId) -> Result<()>;
+
+    /// Frees what the store does not know: what a crash left behind. The caller makes sure that no other process is
+    /// creating layers meanwhile, or that `known` says yes to those.
+    fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed>;
+
+    /// Where the layer's own changes lie as a directory in overlayfs's format (character devices 0/0 or xattrs as
+    /// whiteouts, opaque xattrs), if that is how this driver stores them. A layer tar is then unpacked there, without
+    /// its parents, and layers of one image in parallel.
+    fn diff_dir(&self, _id: LayerId) -> Option<DiffDir> {
+        None
+    }
+
+    /// A faster source of changes than walking two mounts, if the storage records them.
+    fn native_diff(&self) -> Option<&dyn NativeDiff> {
+        None
+    }
+}
+
+/// A layer's own changes as a directory in overlayfs's format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiffDir {
+    /// The directory.
+    pub path: PathBuf,
+    /// The namespace of overlayfs's own xattrs there.
+    pub xattrs: OverlayXattrs,
+}
+
+/// Where overlayfs keeps its own xattrs (kernel `Documentation/filesystems/overlayfs.rst`, "User xattr").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayXattrs {
+    /// `trusted.overlay.`, for which CAP_SYS_ADMIN in the initial user namespace is needed.
+    Trusted,
+    /// `user.overlay.`, with the mount option `userxattr`.
+    User,
+}
+
+impl OverlayXattrs {
+    /// The prefix with its last dot.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            OverlayXattrs::Trusted => "trusted.overlay.",
+            OverlayXattrs::User => "user.overlay.",
+        }
+    }
+}
+
+/// Tells where changes can be, so that comparing a layer with its parent need not walk everything.
+pub trait NativeDiff: Send + Sync {
+    /// Prepares to narrow a walk over the layer, active or committed.
+    fn narrow(&self, id: LayerId, parents: &[LayerId]) -> Result<Box<dyn Narrow + '_>>;
+}
+
+/// See [`NativeDiff`].
+pub trait Narrow {
+    /// Which names in the directory `dir` (relative to the layer's root; empty for the root) may differ from the parent's.
+    /// Asked only for directories that exist in both. A name too many costs time, a name too few loses a change.
+    fn candidates(&mut self, dir: &Path) -> Result<Candidates>;
+}
+
+/// The answer of [`Narrow::candidates`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Candidates {
+    /// Everything at and below this directory has to be compared.
+    All,
+    /// These names and nothing else.
+    Names(Vec<std::ffi::OsString>),
+}
+
+/// Who may write through a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// The layer as it is.
+    ReadOnly,
+    /// The active layer itself.
+    ReadWrite,
+}
+
+/// A mount recipe: what `mount(2)` wants, carried out by somebody else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Mount {
+    /// Filesystem type, or `bind`.
+    #[serde(rename = "type")]
+    pub fstype: String,
+    /// Device, directory or a word, as the type wants it.
+    pub source: PathBuf,
+    /// As after `mount -o`, one element each: `ro`, `lowerdir=/a:/b`. Colons, commas and backslashes in overlayfs's
+    /// paths are escaped with a backslash, as the kernel's parser wants them.
+    pub options: Vec<String>,
+}
+
+/// What a driver instance can do here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// What the first write to old data costs.
+    pub write_strategy: WriteStrategy,
+    /// Whether [`LayerOptions::size`] is enforced.
+    pub quota: bool,
+    /// Whether [`GraphDriver::native_diff`] is there.
+    pub native_diff: bool,
+    /// Whether its mounts can be id-mapped.
+    pub idmapped_mounts: bool,
+    /// Whether a layer's own changes lie apart ([`GraphDriver::diff_dir`]), so that the layers of an image can be
+    /// unpacked in parallel and before their parents.
+    pub independent_layers: bool,
+    /// The most parents a mountable layer may have.
+    pub max_depth: usize,
+}
+
+/// How old data survives the first write to it, and how much of it is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(tag = "strategy", rename_all = "kebab-case")]
+pub enum WriteStrategy {
+    /// Copied into the writable layer at the first change.
+    CopyUp {
+        /// What is copied at the least.
+        unit: CopyUnit,
+    },
+    /// The old block is copied elsewhere before it is overwritten in place: one read and a second write.
+    BlockCopyOnWrite {
+        /// In bytes.
+        block: u64,
+    },
+    /// New data goes to a new place, the old stays where it is.
+    RedirectOnWrite {
+        /// In bytes.
+        block: u64,
+    },
+}
+
+/// What a copy-up moves at the least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyUnit {
+    /// All data of a file.
+    File,
+    /// A file whose extents are shared with the lower one; only metadata is copied.
+    Reflink,
+}
+
+impl fmt::Display for WriteStrategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WriteStrategy::CopyUp { unit: CopyUnit::File } => f.write_str("copy-up (whole file)"),
+            WriteStrategy::CopyUp { unit: CopyUnit::Reflink } => f.write_str("copy-up (reflink)"),
+            WriteStrategy::BlockCopyOnWrite { block } => write!(f, "copy-on-write ({} KiB blocks)", block / 1024),
+            WriteStrategy::RedirectOnWrite { block } => write!(f, "redirect-on-write ({} KiB blocks)", block / 1024),
+        }
+    }
+}
+
+/// What a new layer should be like.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LayerOptions {
+    /// The most that may be written to it.
+    pub size: Option<ByteSize>,
+    /// Whether it has to survive a power cut, empty as it is, from when `create` returns: as a container's writable layer
+    /// does, and a layer that is filled and committed at once does not.
+    pub durable: bool,
+}
+
+/// The space a layer takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Bytes allocated on disk.
+    pub bytes: u64,
+    /// Inodes: files, directories and all else.
+    pub inodes: u64,
+}
+
+/// What [`GraphDriver::reclaim`] freed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Reclaimed {
+    /// Leftovers, whole layers or parts of some.
+    pub layers: u64,
+    /// Bytes, as far as they are known.
+    pub bytes: u64,
+}
+
+/// How the engine finds a driver: its name, whether it works here, how to open it. One per driver crate.
+#[derive(Clone, Copy)]
+pub struct DriverFactory {
+    /// The name users pass to `--storage-driver`.
+    pub name: &'static str,
+    /// One line for `graphdriver drivers`.
+    pub summary: &'static str,
+    /// The options it takes, as `--storage-opt` spells them. Others are refused.
+    pub options: &'static [OptionSpec],
+    /// Whether it would work with its data under `home`, which need not exist. Leaves nothing behind.
+    pub probe: fn(home: &Path, options: &Options) -> Result<Capabilities, Unmet>,
+    /// Opens it, making `home` if it does not exist.
+    pub open: fn(home: &Path, options: &Options) -> Result<Box<dyn GraphDriver>>,
+}
+
+impl fmt::Debug for DriverFactory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverFactory").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// One option of a driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OptionSpec {
+    /// As `--storage-opt` spells it: `overlay2.size`.
+    pub name: &'static str,
+    /// What it does, its values and its default.
+    pub help: &'static str,
+}
+
+/// The one thing that keeps a driver from working, and how to get it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unmet {
+    /// What is missing: "the kernel has no overlay filesystem".
+    pub missing: String,
+    /// What brings it: "modprobe overlay".
+    pub remedy: String,
+}
+
+/// A driver's options, in the order given. The engine has refused unknown names already.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options(pub Vec<(String, String)>);
+
+impl Options {
+    /// The value of `name`; the last one given counts.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().rev().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+}

@@ -1,0 +1,14 @@
+//! The contract of graphdriver's storage drivers, and what all of them share: the layer store, layer tars and the
+//! conformance suite. Start at [`GraphDriver`].
+
+mod driver;
+mod error;
+mod id;
+pub mod root;
+mod tree;
+
+pub use driver::*;
+pub use error::{Context, Error, ErrorKind, Result};
+pub use id::{ByteSize, ChainId, DiffId, Digest, LayerId};
+pub use root::{Inode, Root};
+pub use tree::{Change, ChangeKind, FileKind, Metadata, Timestamp};
