@@ -4,7 +4,9 @@
 mod driver;
 mod error;
 mod id;
+pub mod mount;
 pub mod root;
+mod sys;
 mod tree;
 
 pub use driver::*;

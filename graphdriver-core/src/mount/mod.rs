@@ -1,0 +1,227 @@
+//! Carrying out mount recipes, and the table of what is mounted.
+
+mod context;
+mod overlay;
+mod table;
+
+pub use overlay::{escape, has_lowerdir_plus, unescape};
+pub use table::{MountInfo, table, table_of};
+
+use crate::{Context, Error, ErrorKind, Mount, Result, sys};
+use context::FsContext;
+use rustix::{
+    fs::{self, CWD, Mode, OFlags},
+    io::Errno,
+    mount::{self, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
+};
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+/// Carries out a recipe without showing it anywhere: the descriptor is the root of a detached mount, which is gone when
+/// the last descriptor into it is closed. [`attach`] shows it.
+///
+/// A recipe of several steps is refused as `Unsupported`: all would go to one target, where the last hides the others.
+pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
+    let [step] = recipe else {
+        let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
+        return Err(Error::new(ErrorKind::Unsupported, why));
+    };
+    let made = match step.fstype.as_str() {
+        "bind" => bind(step),
+        "overlay" => overlay::mount(step),
+        _ => generic(step),
+    };
+    made.map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
+}
+
+/// Shows a detached mount at a directory. Afterwards it is an ordinary mount, undone by [`unmount`].
+pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    mount::move_mount(mount, "", target, "", flags)
+        .map_err(|e| with_privilege_hint(e.into()).doing("attaching a mount to its directory"))
+}
+
+/// A detached second mount of the same superblock, with `dir` as its root. Mounts below `dir` are not in it. `dir` must
+/// be mounted in this mount namespace; a detached mount can be cloned since Linux 6.15.
+pub fn clone_of(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
+    clone_tree(dir, false)
+}
+
+fn clone_tree(dir: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    mount::open_tree(dir, "", flags).map_err(|e| with_privilege_hint(e.into()).doing("cloning a mount"))
+}
+
+/// Gives a detached mount the id mapping of a user namespace (`mount_setattr(2)`, "ID-mapped mounts").
+pub fn id_map(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> Result<()> {
+    sys::mount_setattr(mount, false, MountAttrFlags::MOUNT_ATTR_IDMAP, Some(userns))
+        .doing(|| "giving a mount an id mapping")
+}
+
+/// Unmounts what is mounted at `target`; a symlink there is not followed. `lazy` takes it out of the tree at once and
+/// leaves the rest to its last user; without it a mount in use is `Busy`.
+pub fn unmount(target: &Path, lazy: bool) -> Result<()> {
+    let mut flags = UnmountFlags::NOFOLLOW;
+    flags.set(UnmountFlags::DETACH, lazy);
+    mount::unmount(target, flags)
+        .map_err(|e| match e {
+            Errno::INVAL => Error::new(ErrorKind::NotFound, "nothing is mounted there"),
+            e => with_privilege_hint(e.into()),
+        })
+        .doing(|| format!("unmounting {}", target.display()))
+}
+
+fn bind(step: &Mount) -> Result<OwnedFd> {
+    let (attrs, rest) = split_attributes(&step.options);
+    if let Some(unknown) = rest.iter().find(|o| !matches!(o.as_str(), "bind" | "rbind" | "ro" | "rw")) {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("a bind mount has no option {unknown:?}")));
+    }
+    let recursive = rest.iter().any(|o| *o == "rbind");
+    let mount = clone_tree(open_path(&step.source)?.as_fd(), recursive)?;
+    if !attrs.is_empty() {
+        sys::mount_setattr(mount.as_fd(), recursive, attrs, None).doing(|| "setting attributes of a bind mount")?;
+    }
+    Ok(mount)
+}
+
+fn generic(step: &Mount) -> Result<OwnedFd> {
+    let (attrs, rest) = split_attributes(&step.options);
+    let context = FsContext::open(&step.fstype)?;
+    context.set("source", step.source.as_os_str().as_encoded_bytes())?;
+    for option in rest {
+        context.option(option)?;
+    }
+    context.mount(attrs)
+}
+
+/// What belongs to the mount and not to the superblock (`mount_setattr(2)`), and the options that are left. `ro` is both.
+fn split_attributes(options: &[String]) -> (MountAttrFlags, Vec<&String>) {
+    let mut attrs = MountAttrFlags::empty();
+    let mut rest = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "nosuid" => attrs |= MountAttrFlags::MOUNT_ATTR_NOSUID,
+            "nodev" => attrs |= MountAttrFlags::MOUNT_ATTR_NODEV,
+            "noexec" => attrs |= MountAttrFlags::MOUNT_ATTR_NOEXEC,
+            "noatime" => attrs |= MountAttrFlags::MOUNT_ATTR_NOATIME,
+            "strictatime" => attrs |= MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+            "nodiratime" => attrs |= MountAttrFlags::MOUNT_ATTR_NODIRATIME,
+            "nosymfollow" => attrs |= MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW,
+            "suid" | "dev" | "exec" | "atime" | "diratime" | "relatime" | "defaults" => {}
+            "ro" => {
+                attrs |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+                rest.push(option);
+            }
+            _ => rest.push(option),
+        }
+    }
+    (attrs, rest)
+}
+
+/// The place `path` names, symlinks followed, without opening what is there.
+fn open_path(path: &Path) -> Result<OwnedFd> {
+    fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).doing(|| format!("opening {}", path.display()))
+}
+
+fn with_privilege_hint(e: Error) -> Error {
+    match e.kind() {
+        ErrorKind::PermissionDenied => {
+            e.hint("mounting needs root, or a user namespace: unshare --map-root-user --mount")
+        }
+        _ => e,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Root;
+    use std::io::Read;
+
+    /// Runs `test` in a mount namespace of its own, so that nothing it mounts outlives it.
+    pub(super) fn privately<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+        let run = || {
+            sys::unshare_mounts().unwrap();
+            let private = mount::MountPropagationFlags::PRIVATE | mount::MountPropagationFlags::REC;
+            mount::mount_change("/", private).unwrap();
+            test()
+        };
+        std::thread::scope(|s| s.spawn(run).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    fn recipe(fstype: &str, source: &Path, options: &[&str]) -> [Mount; 1] {
+        let options = options.iter().map(|o| o.to_string()).collect();
+        [Mount { fstype: fstype.into(), source: source.into(), options }]
+    }
+
+    fn read(mount: OwnedFd, path: &str) -> Result<String> {
+        let mut text = String::new();
+        Root::from_fd(mount).open_file(Path::new(path))?.read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    #[test]
+    fn a_detached_mount_is_seen_nowhere_until_attached_and_gone_after_unmount() {
+        privately(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let at = |path: &Path| table().unwrap().into_iter().filter(|m| m.mount_point == path).collect::<Vec<_>>();
+            let mount =
+                detached(&recipe("tmpfs", Path::new("none"), &["size=1m", "mode=0700", "nosuid", "noexec"])).unwrap();
+            let dev = fs::fstat(&mount).unwrap().st_dev;
+            assert!(table().unwrap().iter().all(|m| fs::makedev(m.dev.0, m.dev.1) != dev));
+
+            attach(mount.as_fd(), open_path(dir.path()).unwrap().as_fd()).unwrap();
+            let [shown] = at(dir.path()).try_into().unwrap();
+            assert_eq!((shown.fstype.to_str(), shown.source.to_str()), (Some("tmpfs"), Some("none")));
+            assert_eq!(shown.options, "rw,nosuid,noexec,relatime");
+            assert!(shown.super_options.to_str().unwrap().contains("size=1024k"));
+
+            assert_eq!(unmount(dir.path(), false).unwrap_err().kind(), ErrorKind::Busy, "the descriptor holds it");
+            drop(mount);
+            unmount(dir.path(), false).unwrap();
+            assert!(at(dir.path()).is_empty());
+            assert_eq!(unmount(dir.path(), false).unwrap_err().kind(), ErrorKind::NotFound);
+        });
+    }
+
+    #[test]
+    fn a_bind_mount_can_be_read_only_while_its_source_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ro, rw) = (recipe("bind", dir.path(), &["bind", "ro"]), recipe("bind", dir.path(), &["rbind"]));
+        let create = |mount: &OwnedFd| fs::openat(mount, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
+        assert_eq!(create(&detached(&ro).unwrap()).unwrap_err(), Errno::ROFS);
+        create(&detached(&rw).unwrap()).unwrap();
+        assert!(dir.path().join("f").exists());
+        let e = detached(&recipe("bind", dir.path(), &["size=3"])).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+    }
+
+    #[test]
+    fn a_clone_shows_the_same_directory_without_what_is_mounted_below() {
+        privately(|| {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join("sub")).unwrap();
+            std::fs::write(dir.path().join("sub/f"), "below").unwrap();
+            let over = detached(&recipe("tmpfs", Path::new("none"), &[])).unwrap();
+            attach(over.as_fd(), open_path(&dir.path().join("sub")).unwrap().as_fd()).unwrap();
+            let clone = clone_of(open_path(dir.path()).unwrap().as_fd()).unwrap();
+            assert_eq!(read(clone, "sub/f").unwrap(), "below");
+            unmount(&dir.path().join("sub"), true).unwrap();
+        });
+    }
+
+    #[test]
+    fn failures_say_what_the_kernel_said() {
+        let e = detached(&recipe("nosuchfs", Path::new("none"), &[])).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("modprobe nosuchfs"), "{e}");
+        let e = detached(&recipe("tmpfs", Path::new("none"), &["size=huge"])).unwrap_err();
+        assert!(e.to_string().contains("Bad value for 'size'"), "{e}");
+        let e = detached(&recipe("tmpfs", Path::new("none"), &[&format!("mpol={}", "x".repeat(300))])).unwrap_err();
+        assert!(e.to_string().contains("255 bytes"), "{e}");
+        assert_eq!(detached(&[]).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+}
