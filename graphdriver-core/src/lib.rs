@@ -7,7 +7,9 @@ mod id;
 pub mod mount;
 pub mod root;
 mod sys;
+pub mod tar;
 mod tree;
+pub mod walk;
 
 pub use driver::*;
 pub use error::{Context, Error, ErrorKind, Result};
