@@ -1,9 +1,13 @@
 //! The contract of graphdriver's storage drivers, and what all of them share: the layer store, layer tars and the
 //! conformance suite. Start at [`GraphDriver`].
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod driver;
 mod error;
 mod id;
+#[cfg(feature = "model")]
+pub mod model;
 pub mod mount;
 pub mod root;
 pub mod store;
