@@ -1,0 +1,97 @@
+//! What users can choose.
+
+use graphdriver_core::{Error, ErrorKind, OptionSpec, Options, Result};
+
+pub(crate) const SPECS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "overlay2.size",
+        help: "the most each writable layer may take; needs project quotas (not built yet: refused)",
+    },
+    OptionSpec {
+        name: "overlay2.redirect_dir",
+        help: "on or off: rename directories of lower layers instead of failing with EXDEV; default: on where it works",
+    },
+    OptionSpec {
+        name: "overlay2.metacopy",
+        help: "on or off: chmod and chown of a lower file copy no data; needs redirect_dir; default: on where it works",
+    },
+    OptionSpec {
+        name: "overlay2.volatile",
+        help: "on or off: ignore fsync in writable layers; a layer mounted while the machine crashes is lost; default: off",
+    },
+];
+
+/// The options, checked. None: as it works best here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    pub redirect_dir: Option<bool>,
+    pub metacopy: Option<bool>,
+    pub volatile: bool,
+}
+
+impl Wishes {
+    pub(crate) fn parse(options: &Options) -> Result<Self> {
+        if options.get("overlay2.size").is_some() {
+            return Err(no_quota().doing("option overlay2.size"));
+        }
+        let wishes = Wishes {
+            redirect_dir: switch(options, "overlay2.redirect_dir")?,
+            metacopy: switch(options, "overlay2.metacopy")?,
+            volatile: switch(options, "overlay2.volatile")?.unwrap_or(false),
+        };
+        if wishes.metacopy == Some(true) && wishes.redirect_dir == Some(false) {
+            let why = "overlay2.metacopy=on needs overlay2.redirect_dir=on";
+            return Err(Error::new(ErrorKind::InvalidInput, why));
+        }
+        Ok(wishes)
+    }
+}
+
+fn switch(options: &Options, name: &str) -> Result<Option<bool>> {
+    match options.get(name) {
+        None => Ok(None),
+        Some("on") => Ok(Some(true)),
+        Some("off") => Ok(Some(false)),
+        Some(other) => Err(Error::new(ErrorKind::InvalidInput, format!("{name} is {other:?}; allowed are on and off"))),
+    }
+}
+
+pub(crate) fn no_quota() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "the size of a layer cannot be limited: project quotas are not enforced yet, this build has no quota support",
+    )
+    .hint("leave the size out; a limit will need xfs mounted with pquota or ext4 with prjquota")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(options: &[(&str, &str)]) -> Result<Wishes> {
+        Wishes::parse(&Options(options.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect()))
+    }
+
+    #[test]
+    fn switches_are_on_or_off_and_the_rest_is_refused_with_what_is_allowed() {
+        assert_eq!(parse(&[]).unwrap(), Wishes::default());
+        let all = parse(&[("overlay2.redirect_dir", "on"), ("overlay2.metacopy", "off"), ("overlay2.volatile", "on")]);
+        assert_eq!(all.unwrap(), Wishes { redirect_dir: Some(true), metacopy: Some(false), volatile: true });
+        for name in ["overlay2.redirect_dir", "overlay2.metacopy", "overlay2.volatile"] {
+            for value in ["", "1", "true", "ON"] {
+                let e = parse(&[(name, value)]).unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::InvalidInput);
+                assert!(e.to_string().contains(name) && e.to_string().contains("on and off"), "{e}");
+            }
+        }
+        let e = parse(&[("overlay2.redirect_dir", "off"), ("overlay2.metacopy", "on")]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_size_is_refused_with_the_reason() {
+        let e = parse(&[("overlay2.size", "10G")]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("quota"), "{e}");
+    }
+}

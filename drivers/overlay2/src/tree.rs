@@ -1,0 +1,213 @@
+//! Directory trees of the layers' own: measuring and removing them, by descriptor, with few of those however deep they are.
+
+use graphdriver_core::{Context, Error, ErrorKind, Result, Usage};
+use rustix::{
+    fs::{self, AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, StatxFlags},
+    io::Errno,
+};
+use std::{
+    collections::HashSet,
+    ffi::{CStr, CString},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+fn open_below(dir: impl AsFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
+    fs::openat(dir, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// What a tree takes on disk, its root included; an inode with several names counts once. Extents shared with other
+/// files (reflinks) count in each of them. The tree may change meanwhile.
+pub(crate) fn usage(root: &Path) -> Result<Usage> {
+    for _ in 0..3 {
+        if let Some(usage) = Walk::run(root).doing(|| format!("measuring {}", root.display()))? {
+            return Ok(usage);
+        }
+    }
+    Err(Error::new(ErrorKind::Busy, format!("directories are moved all the time in {}", root.display())))
+}
+
+#[derive(Default)]
+struct Walk {
+    usage: Usage,
+    /// Inodes with several names that were met.
+    met: HashSet<u64>,
+}
+
+impl Walk {
+    /// Depth first with one descriptor open, as a tree may be deeper than the limit on open files: the way up is `..`.
+    /// None if that led elsewhere, because somebody moved a directory.
+    fn run(root: &Path) -> Result<Option<Usage>> {
+        let mut walk = Walk::default();
+        let mut here = fs::openat(CWD, root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        walk.count(here.as_fd(), c"", AtFlags::EMPTY_PATH)?;
+        let mut way: Vec<(u64, Vec<CString>)> = vec![(fs::fstat(&here)?.st_ino, walk.read(here.as_fd())?)];
+        while let Some((_, pending)) = way.last_mut() {
+            let Some(name) = pending.pop() else {
+                way.pop();
+                if let Some((ino, _)) = way.last() {
+                    here = open_below(&here, c"..")?;
+                    if fs::fstat(&here)?.st_ino != *ino {
+                        return Ok(None);
+                    }
+                }
+                continue;
+            };
+            match open_below(&here, &name) {
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+                opened => here = opened?,
+            }
+            let found = walk.read(here.as_fd())?;
+            way.push((fs::fstat(&here)?.st_ino, found));
+        }
+        Ok(Some(walk.usage))
+    }
+
+    /// Counts what is in a directory; gives the directories in it.
+    fn read(&mut self, dir: BorrowedFd<'_>) -> Result<Vec<CString>> {
+        let mut dirs = Vec::new();
+        for entry in Dir::read_from(dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            match self.count(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => {}
+                counted if counted? == FileType::Directory => dirs.push(name.to_owned()),
+                _ => {}
+            }
+        }
+        Ok(dirs)
+    }
+
+    fn count(&mut self, dir: BorrowedFd<'_>, name: &CStr, at: AtFlags) -> rustix::io::Result<FileType> {
+        let st = fs::statx(dir, name, at | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS)?;
+        let kind = FileType::from_raw_mode(st.stx_mode.into());
+        if kind == FileType::Directory || st.stx_nlink == 1 || self.met.insert(st.stx_ino) {
+            self.usage.bytes += st.stx_blocks * 512;
+            self.usage.inodes += 1;
+        }
+        Ok(kind)
+    }
+}
+
+/// Removes the tree `name` in `dir`, whatever its depth, modes and attributes. Nothing there is no error, and neither
+/// is somebody else removing the same. Interrupted, it can be repeated.
+pub(crate) fn remove(dir: BorrowedFd<'_>, name: &str) -> Result<()> {
+    let cname = CString::new(name).map_err(|_| Error::new(ErrorKind::InvalidInput, "a zero byte in a name"))?;
+    let root = match open_below(dir, &cname) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened.doing(|| format!("opening {name}"))?,
+    };
+    let flattened = empty(root.as_fd());
+    flattened.and_then(|()| Ok(forced(dir, &cname, || gone(fs::unlinkat(dir, &cname, AtFlags::REMOVEDIR)))?)).map_err(
+        |e| {
+            let blocked = e.kind() == ErrorKind::PermissionDenied;
+            let e = e.doing(format!("removing {name}"));
+            if blocked { e.hint("something in it may be immutable: lsattr -R") } else { e }
+        },
+    )
+}
+
+/// Empties `root`. Directories below its entries are moved up into it before they are emptied in their turn, so that
+/// neither depth nor width needs memory or descriptors.
+fn empty(root: BorrowedFd<'_>) -> Result<()> {
+    let mut serial = 0u64;
+    loop {
+        let mut clean = true;
+        for_each(root, |entry, is_dir| {
+            clean = false;
+            if !is_dir {
+                return forced(root, entry, || gone(fs::unlinkat(root, entry, AtFlags::empty())));
+            }
+            flatten(root, entry, &mut serial)
+        })?;
+        if clean {
+            return Ok(());
+        }
+    }
+}
+
+/// Removes the directory `name` of `root` after moving its directories up into `root`.
+fn flatten(root: BorrowedFd<'_>, name: &CStr, serial: &mut u64) -> rustix::io::Result<()> {
+    let remove_dir = || gone(fs::unlinkat(root, name, AtFlags::REMOVEDIR));
+    match forced(root, name, remove_dir) {
+        Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+        done => return done,
+    }
+    let dir = match open_below(root, name) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened?,
+    };
+    for_each(dir.as_fd(), |entry, is_dir| {
+        if !is_dir {
+            return forced(dir.as_fd(), entry, || gone(fs::unlinkat(&dir, entry, AtFlags::empty())));
+        }
+        loop {
+            *serial += 1;
+            let up = format!("up-{serial}");
+            let moved = forced(dir.as_fd(), entry, || {
+                gone(fs::renameat_with(&dir, entry, root, up.as_str(), RenameFlags::NOREPLACE))
+            });
+            if moved != Err(Errno::EXIST) {
+                return moved;
+            }
+        }
+    })?;
+    match remove_dir() {
+        // Reading a directory while names leave it may miss some: the caller comes back.
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+        done => done,
+    }
+}
+
+fn for_each(dir: BorrowedFd<'_>, mut act: impl FnMut(&CStr, bool) -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            FileType::Unknown => match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => continue,
+                st => FileType::from_raw_mode(st?.st_mode),
+            },
+            known => known,
+        };
+        act(name, kind == FileType::Directory)?;
+    }
+    Ok(())
+}
+
+fn gone(removed: rustix::io::Result<()>) -> rustix::io::Result<()> {
+    if removed == Err(Errno::NOENT) { Ok(()) } else { removed }
+}
+
+/// Tries again without the flags immutable and append-only (`chattr +i`, `+a`) on `name` and its directory, if it was
+/// not permitted: container root may set them, and even root cannot remove what has them.
+fn forced(dir: BorrowedFd<'_>, name: &CStr, act: impl Fn() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    let done = act();
+    if done != Err(Errno::PERM) {
+        return done;
+    }
+    // The original error counts if the flags cannot be changed.
+    let _ = clear_flags(dir);
+    // Opening a device could do something.
+    let kind = fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map(|st| FileType::from_raw_mode(st.st_mode));
+    if !matches!(kind, Ok(FileType::RegularFile | FileType::Directory)) {
+        return act();
+    }
+    if let Ok(fd) =
+        fs::openat(dir, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+    {
+        let _ = clear_flags(fd.as_fd());
+    }
+    act()
+}
+
+fn clear_flags(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let flags = fs::ioctl_getflags(fd)?;
+    fs::ioctl_setflags(fd, flags - (IFlags::IMMUTABLE | IFlags::APPEND))
+}
