@@ -1,4 +1,11 @@
 //! The engine: images, containers, mounts and space over any storage driver.
+//!
+//! Start at [`Engine`]; the command line in `main.rs` is a thin layer over it.
 
+pub mod config;
+mod engine;
 pub mod image;
 pub mod progress;
+pub mod registry;
+
+pub use engine::*;

@@ -1,0 +1,178 @@
+//! Which storage drivers there are, which of them work here, and which one to take.
+
+use graphdriver_core::{Capabilities, Context, DriverFactory, Error, ErrorKind, GraphDriver, Options, Result, Unmet};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// All drivers of the project, in the order of preference.
+pub const ALL: [&str; 5] = ["overlay2", "btrfs", "zfs", "devicemapper", "vfs-fuse"];
+
+/// The one list of what is built in, each behind the cargo feature of its name.
+fn factories() -> Vec<DriverFactory> {
+    vec![
+        #[cfg(feature = "overlay2")]
+        graphdriver_overlay2::FACTORY,
+    ]
+}
+
+fn factory(name: &str) -> Option<DriverFactory> {
+    factories().into_iter().find(|f| f.name == name)
+}
+
+/// One line of `graphdriver drivers`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct DriverStatus {
+    /// What to pass to `--storage-driver`.
+    pub name: String,
+    /// What it builds on.
+    pub summary: String,
+    /// Whether it would work with the current data root.
+    pub usable: bool,
+    /// If not, the one thing missing and how to get it.
+    pub unmet: Option<Unmet>,
+    /// If it is, what it can do here.
+    pub capabilities: Option<Capabilities>,
+}
+
+/// What every driver says about working with its data under `root`.
+pub fn survey(root: &Path) -> Vec<DriverStatus> {
+    ALL.iter().map(|name| status(name, root)).collect()
+}
+
+fn status(name: &str, root: &Path) -> DriverStatus {
+    let (summary, probed) = match factory(name) {
+        Some(f) => (f.summary, (f.probe)(&data_dir(root, name), &Options::default())),
+        None => ("", Err(not_built(name))),
+    };
+    let (capabilities, unmet) = match probed {
+        Ok(capabilities) => (Some(capabilities), None),
+        Err(unmet) => (None, Some(unmet)),
+    };
+    DriverStatus { name: name.into(), summary: summary.into(), usable: unmet.is_none(), unmet, capabilities }
+}
+
+fn not_built(name: &str) -> Unmet {
+    let (missing, remedy) = match name {
+        "overlay2" => ("not built into this graphdriver", "build with --features overlay2"),
+        _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),
+    };
+    Unmet { missing: missing.into(), remedy: remedy.into() }
+}
+
+/// Where a driver's store lies: everything it and its images need.
+pub fn store_dir(root: &Path, driver: &str) -> PathBuf {
+    root.join(driver)
+}
+
+fn data_dir(root: &Path, driver: &str) -> PathBuf {
+    store_dir(root, driver).join("data")
+}
+
+/// Takes the driver asked for; else the one whose data is already under `root`; else the first that works there.
+/// Fails if there are several with data, and for options the driver does not know.
+pub fn choose(root: &Path, asked: Option<&str>, options: &Options) -> Result<DriverFactory> {
+    let name = match asked {
+        Some(name) => name.to_owned(),
+        None => match with_data(root).as_slice() {
+            [one] => one.to_string(),
+            [] => return first_usable(root, options),
+            several => {
+                let all = several.join(", ");
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{} holds data of several storage drivers: {all}", root.display()),
+                )
+                .hint("say which one with --storage-driver"));
+            }
+        },
+    };
+    let Some(factory) = factory(&name) else {
+        return Err(if ALL.contains(&name.as_str()) {
+            let unmet = not_built(&name);
+            Error::new(ErrorKind::Unsupported, format!("storage driver {name}: {}", unmet.missing)).hint(unmet.remedy)
+        } else {
+            Error::new(ErrorKind::InvalidInput, format!("there is no storage driver {name:?}"))
+                .hint(format!("known are {}", ALL.join(", ")))
+        });
+    };
+    check_options(&factory, options)?;
+    Ok(factory)
+}
+
+/// The drivers that have a store under `root`.
+fn with_data(root: &Path) -> Vec<&'static str> {
+    ALL.into_iter().filter(|name| store_dir(root, name).join("store.db").exists()).collect()
+}
+
+fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
+    let mut why = Vec::new();
+    for factory in ALL.iter().filter_map(|name| factory(name)) {
+        match (factory.probe)(&data_dir(root, factory.name), &Options::default()) {
+            Ok(_) => return check_options(&factory, options).map(|()| factory),
+            Err(unmet) => why.push(format!("{}: {} (remedy: {})", factory.name, unmet.missing, unmet.remedy)),
+        }
+    }
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!("no storage driver works with {}: {}", root.display(), why.join("; ")),
+    )
+    .hint("see `graphdriver drivers`"))
+}
+
+fn check_options(factory: &DriverFactory, options: &Options) -> Result<()> {
+    for (name, _) in &options.0 {
+        if !factory.options.iter().any(|o| o.name == name) {
+            let known: Vec<_> = factory.options.iter().map(|o| o.name).collect();
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("storage driver {} has no option {name:?}", factory.name),
+            )
+            .hint(format!("it knows {}; `create` also takes size", known.join(", "))));
+        }
+    }
+    Ok(())
+}
+
+/// Opens a driver with its data under `root`.
+pub fn open(factory: &DriverFactory, root: &Path, options: &Options) -> Result<Box<dyn GraphDriver>> {
+    (factory.open)(&data_dir(root, factory.name), options)
+        .doing(|| format!("opening storage driver {} in {}", factory.name, root.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_and_unbuilt_drivers_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let no = |name| choose(dir.path(), Some(name), &Options::default()).unwrap_err();
+        assert_eq!(no("aufs").kind(), ErrorKind::InvalidInput);
+        assert!(no("aufs").to_string().contains("known are overlay2, btrfs"));
+        assert_eq!(no("zfs").kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn several_stores_under_one_root_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["overlay2", "btrfs"] {
+            std::fs::create_dir_all(store_dir(dir.path(), name)).unwrap();
+            std::fs::write(store_dir(dir.path(), name).join("store.db"), "").unwrap();
+        }
+        let e = choose(dir.path(), None, &Options::default()).unwrap_err().to_string();
+        assert!(e.contains("overlay2, btrfs") && e.contains("--storage-driver"), "{e}");
+    }
+
+    #[cfg(feature = "overlay2")]
+    #[test]
+    fn the_driver_with_data_is_taken_and_its_options_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(store_dir(dir.path(), "overlay2")).unwrap();
+        std::fs::write(store_dir(dir.path(), "overlay2").join("store.db"), "").unwrap();
+        assert_eq!(choose(dir.path(), None, &Options::default()).unwrap().name, "overlay2");
+        let odd = Options(vec![("overlay2.colour".into(), "red".into())]);
+        let e = choose(dir.path(), None, &odd).unwrap_err().to_string();
+        assert!(e.contains("overlay2.colour") && e.contains("overlay2.size"), "{e}");
+    }
+}
