@@ -1,0 +1,34 @@
+//! What a test does that cannot run here: libtest knows no tests that find out only while they run that they are to be
+//! ignored, and takes them for passed.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    process::{Command, Stdio},
+};
+
+/// True if the test must not run here. Then says so, with the reason, on standard error and in the file that
+/// `GRAPHDRIVER_SKIP_LOG` names, from which `scripts/test` counts. With `GRAPHDRIVER_REQUIRE_ALL=1` that is a failure.
+#[track_caller]
+pub fn skipped(test: &str, unmet: Option<String>) -> bool {
+    let Some(reason) = unmet else { return false };
+    assert_ne!(std::env::var("GRAPHDRIVER_REQUIRE_ALL").as_deref(), Ok("1"), "required to run, but {test}: {reason}");
+    // libtest captures what the print macros write, and shows it only of tests that fail.
+    io::stderr().write_all(format!("skipped: {test}: {reason}\n").as_bytes()).expect("standard error takes a line");
+    if let Some(log) = std::env::var_os("GRAPHDRIVER_SKIP_LOG") {
+        let file = OpenOptions::new().append(true).create(true).open(&log);
+        let written = file.and_then(|mut file| file.write_all(format!("{test}: {reason}\n").as_bytes()));
+        written.unwrap_or_else(|e| panic!("noting a skipped test in {}: {e}", log.display()));
+    }
+    true
+}
+
+/// Which of these programs is missing.
+#[allow(dead_code)] // Not all test binaries that share this run programs.
+pub fn no_program(programs: &[&str]) -> Option<String> {
+    let missing = |program: &&&str| {
+        let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).stdout(Stdio::null()).status();
+        !found.expect("sh runs").success()
+    };
+    programs.iter().find(missing).map(|program| format!("needs the program {program}"))
+}
