@@ -135,6 +135,20 @@ pub struct DiffDir {
     pub path: PathBuf,
     /// The namespace of overlayfs's own xattrs there.
     pub xattrs: OverlayXattrs,
+    /// What becomes of a file's own attributes that would be taken for such.
+    pub escape: EscapeXattrs,
+}
+
+/// Which attributes of files get another `overlay.` behind overlayfs's prefix, so that they come out of a mount as they
+/// were and never take effect (kernel `Documentation/filesystems/overlayfs.rst`, "Nesting overlayfs mounts").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EscapeXattrs {
+    /// None: those in overlayfs's namespace are refused as unsupported.
+    None,
+    /// Those in the namespace that is used here, as overlayfs does since Linux 6.8.
+    Own,
+    /// Those in either, for a union filesystem that reads both.
+    Both,
 }
 
 /// Where overlayfs keeps its own xattrs (kernel `Documentation/filesystems/overlayfs.rst`, "User xattr").
@@ -247,6 +261,11 @@ pub enum CopyUnit {
     File,
     /// A file whose extents are shared with the lower one; only metadata is copied.
     Reflink,
+    /// What is written, in pieces of `bytes`; the rest of the file stays below until it is completed.
+    Extent {
+        /// The size of a piece.
+        bytes: u64,
+    },
 }
 
 impl fmt::Display for WriteStrategy {
@@ -254,6 +273,9 @@ impl fmt::Display for WriteStrategy {
         match self {
             WriteStrategy::CopyUp { unit: CopyUnit::File } => f.write_str("copy-up (whole file)"),
             WriteStrategy::CopyUp { unit: CopyUnit::Reflink } => f.write_str("copy-up (reflink)"),
+            WriteStrategy::CopyUp { unit: CopyUnit::Extent { bytes } } => {
+                write!(f, "copy-up (extents of {} KiB)", bytes / 1024)
+            }
             WriteStrategy::BlockCopyOnWrite { block } => write!(f, "copy-on-write ({} KiB blocks)", block / 1024),
             WriteStrategy::RedirectOnWrite { block } => write!(f, "redirect-on-write ({} KiB blocks)", block / 1024),
         }
@@ -335,5 +357,18 @@ impl Options {
     /// The value of `name`; the last one given counts.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().rev().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    /// The value of an option that is `on` or `off`; `InvalidInput` if it is anything else.
+    pub fn switch(&self, name: &str) -> Result<Option<bool>> {
+        match self.get(name) {
+            None => Ok(None),
+            Some("on") => Ok(Some(true)),
+            Some("off") => Ok(Some(false)),
+            Some(other) => {
+                let why = format!("{name} is {other:?}; allowed are on and off");
+                Err(crate::Error::new(crate::ErrorKind::InvalidInput, why))
+            }
+        }
     }
 }

@@ -9,6 +9,7 @@ mod id;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod mount;
+pub mod overlay_home;
 pub mod root;
 pub mod store;
 mod sys;

@@ -2,11 +2,20 @@
 #![allow(unsafe_code)]
 
 use rustix::{
-    io::{Errno, Result},
+    io::{Errno, FdFlags, Result, fcntl_setfd},
     mount::MountAttrFlags,
     thread::UnshareFlags,
 };
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::{
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+/// `MOUNT_ATTR__ATIME` (linux/mount.h).
+const ACCESS_TIMES: u32 = 0x70;
 
 /// `mount_setattr(2)` on a mount by descriptor: sets `attrs`, and with `userns` the id mapping of that user namespace
 /// (`attrs` then say `MOUNT_ATTR_IDMAP`).
@@ -16,9 +25,11 @@ pub(crate) fn mount_setattr(
     attrs: MountAttrFlags,
     userns: Option<BorrowedFd<'_>>,
 ) -> Result<()> {
+    // How access times are kept is one setting of several bits, which must be cleared to be set.
+    let times = if attrs.bits() & ACCESS_TIMES == 0 { 0 } else { ACCESS_TIMES };
     let attr = libc::mount_attr {
         attr_set: attrs.bits().into(),
-        attr_clr: 0,
+        attr_clr: times.into(),
         propagation: 0,
         userns_fd: userns.map_or(0, |fd| fd.as_raw_fd() as u64),
     };
@@ -42,4 +53,19 @@ pub(crate) fn mount_setattr(
 pub(crate) fn unshare_mounts() -> Result<()> {
     // SAFETY: unshare is unsafe for CLONE_FILES only, which this is not.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
+}
+
+/// Lets the program have the descriptor under the same number, and besides its standard streams no other: a daemon would
+/// keep what its caller's caller has open. It must be open still when the program is started.
+pub(crate) fn leave_open(command: &mut Command, fd: BorrowedFd<'_>) {
+    let number = fd.as_raw_fd();
+    // SAFETY: between fork and exec this makes two system calls and nothing else. The number is the descriptor's in the
+    // child too; were it closed by then, the second call would fail with EBADF, and so would the start.
+    unsafe {
+        command.pre_exec(move || {
+            // Before Linux 5.11 what others have not marked themselves stays open.
+            libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+            Ok(fcntl_setfd(BorrowedFd::borrow_raw(number), FdFlags::empty())?)
+        });
+    }
 }

@@ -22,8 +22,9 @@ pub(crate) fn list(engine: &Engine, out: &Output) -> Result<()> {
     out.list(&["TARGET", "TYPE", "NAME", "ACCESS", "MOUNTED"], &engine.mounts()?, |mount| {
         let namespace = if mount.foreign { " (another namespace)" } else { "" };
         let detached = mount.detached.map_or(String::new(), |pid| format!(" (detached, used by process {pid})"));
+        let dead = if mount.dead { " (dead: its program is gone; umount it)" } else { "" };
         vec![
-            format!("{}{namespace}{detached}", mount.target.display()),
+            format!("{}{namespace}{detached}{dead}", mount.target.display()),
             mount.kind.clone(),
             mount.name.clone(),
             if mount.writable { "read-write" } else { "read-only" }.into(),

@@ -1,6 +1,9 @@
 //! Files between a container and the host, as `docker cp` does it: a tar runs from one side to the other.
 
-use super::{Engine, find, mounts, sight::View};
+use super::{
+    Engine, find, mounts,
+    sight::{self, View},
+};
 use crate::progress::{Interruptible, Metered};
 use graphdriver_core::{
     Access, Change, ChangeKind, Error, ErrorKind, FileKind, Metadata, Result, Root, mount,
@@ -211,7 +214,10 @@ impl Engine {
             Ok((row, mounts))
         })?;
         let (root, turn) = match mounts.iter().find(|m| m.writable) {
-            Some(mount) => (Root::from_fd(View::take()?.reach(mount)?.0), None),
+            Some(mount) => match View::take()?.reach(mount)?.0 {
+                dir if sight::is_dead(&dir) => return Err(sight::died(mount)),
+                dir => (Root::from_fd(dir), None),
+            },
             None => {
                 if access == Access::ReadWrite {
                     mounts::refuse_beside_readers(&mounts)?;

@@ -250,7 +250,7 @@ impl Engine {
 }
 
 fn style(diff: &DiffDir) -> Whiteouts {
-    Whiteouts::Overlay { xattrs: diff.xattrs, escape: true }
+    Whiteouts::Overlay { xattrs: diff.xattrs, escape: diff.escape }
 }
 
 /// Every layer the images need, parents first, each chain once.

@@ -6,7 +6,7 @@ use super::{
     now,
     sight::{self, Fate, Here, Numbers, View},
 };
-use graphdriver_core::{Access, Context, Error, ErrorKind, LayerId, Mount, Result, mount};
+use graphdriver_core::{Access, Context, Error, ErrorKind, LayerId, Mount, Result, Root, mount};
 use rusqlite::{Connection, params};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
@@ -52,6 +52,8 @@ pub struct MountSummary {
     pub created: i64,
     /// Whether it was made in another mount namespace, whose table may be out of sight.
     pub foreign: bool,
+    /// Whether the program that served it is gone, so that nothing can be had from it until it is mounted again.
+    pub dead: bool,
     /// The process that still uses it, if it is shown nowhere any more (`umount --lazy`).
     pub detached: Option<u32>,
 }
@@ -344,14 +346,15 @@ impl Engine {
             let _turn = self.mounts_turn()?;
             self.reconcile_in_turn()?
         };
-        let here = Here::find()?;
+        let view = View::take()?;
         self.layers.store().read(|db| {
             all(db)?
                 .into_iter()
                 .map(|row| {
                     Ok(MountSummary {
                         name: name_of(db, &row)?,
-                        foreign: !here.has(&row),
+                        foreign: !view.here.has(&row),
+                        dead: view.reach(&row).is_ok_and(|(dir, _)| sight::is_dead(&dir)),
                         detached: detached.get(&row.id).copied(),
                         kind: row.kind,
                         id: row.object,
@@ -370,6 +373,9 @@ impl Engine {
 fn shared(view: &View, writable: bool, shown: &[MountRow]) -> Result<Option<OwnedFd>> {
     if let Some(row) = shown.iter().find(|row| row.writable) {
         let (dir, _) = view.reach(row)?;
+        if sight::is_dead(&dir) {
+            return Err(sight::died(row));
+        }
         if view.here.has(row) {
             return Ok(Some(dir));
         }
@@ -380,7 +386,33 @@ fn shared(view: &View, writable: bool, shown: &[MountRow]) -> Result<Option<Owne
         refuse_beside_readers(shown)?;
         return Ok(None);
     }
-    Ok(shown.iter().filter(|row| view.here.has(row)).find_map(|row| view.reach(row).ok()).map(|(dir, _)| dir))
+    let reached = shown.iter().filter(|row| view.here.has(row)).filter_map(|row| view.reach(row).ok());
+    Ok(reached.map(|(dir, _)| dir).find(|dir| !sight::is_dead(dir)))
+}
+
+/// statfs(2).
+const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+
+/// The tree of a layer for reading, where `shown` are its mounts: through the writable one if there is any, as data that
+/// was written there may be nowhere else yet; else a mount of its own.
+pub(super) fn live(engine: &Engine, layer: LayerId, shown: &[MountRow]) -> Result<Root> {
+    let view = View::take()?;
+    let Some(row) = shown.iter().find(|row| row.writable) else { return engine.view(layer) };
+    match view.reach(row) {
+        Ok((dir, _)) if sight::is_dead(&dir) => engine.view(layer),
+        // Without what is mounted in it.
+        Ok((dir, _)) if view.here.has(row) => again(&dir, false).map(Root::from_fd),
+        Ok((_, path)) => {
+            // A mount in another namespace cannot be cloned, but what the kernel holds back of it can be sent to its
+            // program. An overlay holds nothing back, and would flush all of the filesystem below.
+            let dir = rustix::fs::open(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            if rustix::fs::fstatfs(&dir)?.f_type == FUSE_SUPER_MAGIC {
+                rustix::fs::syncfs(&dir).doing(|| format!("flushing {}", row.target.display()))?;
+            }
+            engine.view(layer)
+        }
+        Err(_) => engine.view(layer),
+    }
 }
 
 /// Another mount of the same superblock.

@@ -7,7 +7,10 @@ use graphdriver_core::{
     mount::{self, MountInfo},
 };
 use nix::sched::CloneFlags;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
+use rustix::{
+    fs::{AtFlags, CWD, Mode, OFlags, StatxFlags},
+    io::Errno,
+};
 use std::{
     cell::OnceCell,
     collections::HashMap,
@@ -18,6 +21,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::mpsc,
+    time::Duration,
 };
 
 /// What tells mounts apart.
@@ -45,6 +49,18 @@ fn numbers_at(dir: impl AsFd, path: &Path, how: AtFlags) -> Result<Numbers> {
         Error::new(ErrorKind::Unsupported, "the kernel does not tell mount ids").hint("Linux 5.8 or newer is needed")
     })?;
     Ok(Numbers { mount, serial: ask(unique)?.unwrap_or(mount) })
+}
+
+/// Whether the program that served a filesystem in user space is gone: the kernel then answers in its place, that nobody
+/// is connected. One that is there and does not answer is not gone, and is not waited for long.
+pub(super) fn is_dead(dir: &OwnedFd) -> bool {
+    let Ok(dir) = dir.try_clone() else { return false };
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let how = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
+        let _ = tell.send(rustix::fs::statx(&dir, "", how, StatxFlags::BASIC_STATS).map(drop));
+    });
+    told.recv_timeout(Duration::from_secs(2)) == Ok(Err(Errno::NOTCONN))
 }
 
 /// Where this process stands: a mount made elsewhere, or before the last boot, is not in its table.
@@ -252,6 +268,13 @@ impl View {
         };
         Err(Error::new(ErrorKind::Busy, why).hint(hint))
     }
+}
+
+/// Why nothing can be had through a mount whose program is gone.
+pub(super) fn died(row: &MountRow) -> Error {
+    let place = row.target.display();
+    Error::new(ErrorKind::Busy, format!("it is mounted at {place}, but the program that served it is gone"))
+        .hint(format!("graphdriver umount {place}"))
 }
 
 fn detached(row: &MountRow, pid: u32) -> Error {

@@ -32,12 +32,12 @@ pub(crate) struct Wishes {
 impl Wishes {
     pub(crate) fn parse(options: &Options) -> Result<Self> {
         if options.get("overlay2.size").is_some() {
-            return Err(no_quota().doing("option overlay2.size"));
+            return Err(graphdriver_core::overlay_home::no_quota().doing("option overlay2.size"));
         }
         let wishes = Wishes {
-            redirect_dir: switch(options, "overlay2.redirect_dir")?,
-            metacopy: switch(options, "overlay2.metacopy")?,
-            volatile: switch(options, "overlay2.volatile")?.unwrap_or(false),
+            redirect_dir: options.switch("overlay2.redirect_dir")?,
+            metacopy: options.switch("overlay2.metacopy")?,
+            volatile: options.switch("overlay2.volatile")?.unwrap_or(false),
         };
         if wishes.metacopy == Some(true) && wishes.redirect_dir == Some(false) {
             let why = "overlay2.metacopy=on needs overlay2.redirect_dir=on";
@@ -45,23 +45,6 @@ impl Wishes {
         }
         Ok(wishes)
     }
-}
-
-fn switch(options: &Options, name: &str) -> Result<Option<bool>> {
-    match options.get(name) {
-        None => Ok(None),
-        Some("on") => Ok(Some(true)),
-        Some("off") => Ok(Some(false)),
-        Some(other) => Err(Error::new(ErrorKind::InvalidInput, format!("{name} is {other:?}; allowed are on and off"))),
-    }
-}
-
-pub(crate) fn no_quota() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "the size of a layer cannot be limited: project quotas are not enforced yet, this build has no quota support",
-    )
-    .hint("leave the size out; a limit will need xfs mounted with pquota or ext4 with prjquota")
 }
 
 #[cfg(test)]

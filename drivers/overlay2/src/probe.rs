@@ -2,12 +2,14 @@
 //! there. Nothing is attached to the tree of mounts.
 
 use crate::{
-    home::{PROBE, backing, nearest_existing, open_dir},
     recipe::{ALWAYS_OFF, recipe},
-    sys, tree,
+    sys,
 };
-use graphdriver_core::{Context, Error, ErrorKind, OverlayXattrs, Result, Unmet, mount};
-use rustix::fs::{self, AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, XattrFlags};
+use graphdriver_core::{
+    Context, Error, ErrorKind, OverlayXattrs, Result, Unmet, mount,
+    overlay_home::{Trial, adopt_unmet, backing, nearest_existing},
+};
+use rustix::fs::{self, AtFlags, CWD, Mode, OFlags, XattrFlags};
 use std::{
     cell::Cell,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -42,16 +44,7 @@ pub(crate) struct Support {
 /// Looks at the filesystem that `home` is on or would be on.
 pub(crate) fn support(home: &Path) -> Result<Support> {
     let dir = nearest_existing(home)?;
-    let fstype = backing(&dir).unwrap_or_else(|_| "unknown filesystem".into());
-    sweep(&dir).unwrap_or_else(|e| tracing::debug!("sweeping {}: {e}", dir.display()));
-    Probe::run(&dir, fstype.clone()).map_err(|e| {
-        let unmet = unmet_from(&e, &dir, &fstype);
-        let kind = match e.kind() {
-            kind @ (ErrorKind::OutOfSpace | ErrorKind::QuotaExceeded | ErrorKind::PermissionDenied) => kind,
-            _ => ErrorKind::Unsupported,
-        };
-        Error::new(kind, unmet.missing).hint(unmet.remedy)
-    })
+    Probe::run(&dir).map_err(|e| adopt_unmet(&e, &dir))
 }
 
 /// The same for those who choose a driver.
@@ -62,65 +55,9 @@ pub(crate) fn probe(home: &Path) -> Result<Support, Unmet> {
     })
 }
 
-fn unmet_from(e: &Error, dir: &Path, fstype: &str) -> Unmet {
-    // The steps lead through a temporary directory, which says nothing to the user.
-    let because = e.reason();
-    let remedy = e.hint_text().map(str::to_owned);
-    if e.kind() == ErrorKind::PermissionDenied {
-        let missing = format!("the right to write to {} and to mount there: {because}", dir.display());
-        let remedy = "run as root, or own the directory and run inside a user namespace: podman unshare, or unshare --map-auto --map-root-user --mount";
-        return Unmet { missing, remedy: remedy.into() };
-    }
-    if because.contains("Read-only file system") {
-        let missing = format!("{} is on a filesystem mounted read-only", dir.display());
-        return Unmet { missing, remedy: "remount it writable: mount -o remount,rw".into() };
-    }
-    if because.contains("no filesystem") || matches!(e.kind(), ErrorKind::OutOfSpace | ErrorKind::QuotaExceeded) {
-        return Unmet { missing: because.into(), remedy: remedy.unwrap_or_else(|| "free some space".into()) };
-    }
-    Unmet {
-        missing: format!("{fstype} at {} cannot hold overlayfs's writable layers: {because}", dir.display()),
-        remedy: remedy.unwrap_or_else(|| "put the data root on ext4, xfs, btrfs or tmpfs".into()),
-    }
-}
-
-/// A new directory to try things out in, locked.
-fn locked_dir(dir: &Path) -> Result<(tempfile::TempDir, OwnedFd)> {
-    loop {
-        let tmp = tempfile::Builder::new().prefix(PROBE).tempdir_in(dir)?;
-        // Before it was locked somebody may have taken it for abandoned.
-        let Ok(lock) = open_dir(tmp.path()) else { continue };
-        fs::flock(&lock, FlockOperation::LockExclusive)?;
-        if fs::fstat(&lock)?.st_nlink > 0 {
-            return Ok((tmp, lock));
-        }
-    }
-}
-
-/// The lock of a probe's directory, if the process that made it is gone.
-pub(crate) fn abandoned(path: &Path) -> Option<OwnedFd> {
-    let dir = open_dir(path).ok()?;
-    fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).ok().map(|()| dir)
-}
-
-/// Removes what killed processes were trying out in `home`.
-fn sweep(home: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(home)? {
-        let name = entry?.file_name();
-        let Some(name) = name.to_str().filter(|name| name.starts_with(PROBE)) else { continue };
-        if let Some(_lock) = abandoned(&home.join(name)) {
-            tree::remove(open_dir(home)?.as_fd(), name).doing(|| format!("removing what was left of {name}"))?;
-        }
-    }
-    Ok(())
-}
-
 struct Probe {
-    tmp: tempfile::TempDir,
-    /// Held until the directory is gone: who finds one that nobody holds may remove it.
-    _lock: OwnedFd,
-    xattrs: OverlayXattrs,
-    trials: Cell<u32>,
+    dir: Trial,
+    overlays: Cell<u32>,
 }
 
 /// What is asked of the kernel; each must be worth having without those after it. Without `volatile` the kernel flushes
@@ -128,7 +65,7 @@ struct Probe {
 const FEATURES: [&str; 4] = ["volatile", "redirect_dir=on", "metacopy=on", "index=on"];
 
 /// One mounted overlay: a lower layer with `file`, `other` and `dir/sub`, a writable one, and both together.
-struct Trial {
+struct Overlay {
     upper: PathBuf,
     work: PathBuf,
     merged: OwnedFd,
@@ -136,17 +73,15 @@ struct Trial {
 }
 
 impl Probe {
-    fn run(dir: &Path, backing: String) -> Result<Support> {
-        let (tmp, lock) = locked_dir(dir)?;
-        needs_d_type(tmp.path())?;
-        let probe = Probe { xattrs: writable_xattrs(tmp.path())?, tmp, _lock: lock, trials: Cell::new(0) };
+    fn run(dir: &Path) -> Result<Support> {
+        let probe = Probe { dir: Trial::new(dir)?, overlays: Cell::new(0) };
         let lowerdir_plus = mount::has_lowerdir_plus()?;
         let (features, trial) = probe.features()?;
         trial.whiteouts_work()?;
         let redirect_dir = features.contains(&"redirect_dir=on") && trial.redirects();
         Ok(Support {
-            backing,
-            xattrs: probe.xattrs,
+            backing: backing(dir),
+            xattrs: probe.dir.xattrs(),
             lowerdir_plus,
             redirect_dir,
             metacopy: redirect_dir && features.contains(&"metacopy=on") && trial.metacopies(),
@@ -154,13 +89,13 @@ impl Probe {
             volatile: features.contains(&"volatile"),
             idmapped: probe.maps_ids().is_ok(),
             xattr_escape: trial.escapes_xattrs(),
-            reflink: probe.reflinks().is_ok(),
+            reflink: probe.dir.reflinks(),
         })
     }
 
     /// The features that can be mounted together, and an overlay with them. All at once where that works, because each
     /// mount takes milliseconds and this is done whenever a driver is opened.
-    fn features(&self) -> Result<(Vec<&'static str>, Trial)> {
+    fn features(&self) -> Result<(Vec<&'static str>, Overlay)> {
         if let Ok(trial) = self.trial(&FEATURES) {
             return Ok((FEATURES.to_vec(), trial));
         }
@@ -175,9 +110,9 @@ impl Probe {
         Ok((working, trial))
     }
 
-    fn trial(&self, options: &[&str]) -> Result<Trial> {
-        self.trials.set(self.trials.get() + 1);
-        let base = self.tmp.path().join(self.trials.get().to_string());
+    fn trial(&self, options: &[&str]) -> Result<Overlay> {
+        self.overlays.set(self.overlays.get() + 1);
+        let base = self.dir.path().join(self.overlays.get().to_string());
         let [lower, upper, work] = ["lower", "upper", "work"].map(|name| base.join(name));
         std::fs::create_dir_all(lower.join("dir/sub"))?;
         std::fs::write(lower.join("file"), "content")?;
@@ -185,12 +120,12 @@ impl Probe {
         std::fs::create_dir(&upper)?;
         std::fs::create_dir(&work)?;
         let merged = self.mount(&[lower], Some((&upper, &work)), options)?;
-        Ok(Trial { upper, work, merged, xattrs: self.xattrs })
+        Ok(Overlay { upper, work, merged, xattrs: self.dir.xattrs() })
     }
 
     fn mount(&self, lower: &[PathBuf], upper: Option<(&Path, &Path)>, options: &[&str]) -> Result<OwnedFd> {
         let mut all: Vec<_> = if options.contains(&"index=on") { Vec::new() } else { ALWAYS_OFF.to_vec() };
-        if self.xattrs == OverlayXattrs::User {
+        if self.dir.xattrs() == OverlayXattrs::User {
             all.push("userxattr");
         }
         all.extend(options);
@@ -198,7 +133,7 @@ impl Probe {
     }
 
     fn maps_ids(&self) -> Result<()> {
-        let (dir, other) = (self.tmp.path().join("mapped"), self.tmp.path().join("other"));
+        let (dir, other) = (self.dir.path().join("mapped"), self.dir.path().join("other"));
         std::fs::create_dir(&dir)?;
         std::fs::create_dir(&other)?;
         let open = fs::openat(CWD, &dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
@@ -207,15 +142,9 @@ impl Probe {
         let by_fd = PathBuf::from(format!("/proc/self/fd/{}", mapped.as_raw_fd()));
         self.mount(&[by_fd, other], None, &[]).map(drop)
     }
-
-    fn reflinks(&self) -> Result<()> {
-        let (from, to) = (self.tmp.path().join("from"), self.tmp.path().join("to"));
-        std::fs::write(&from, [7; 4096])?;
-        Ok(fs::ioctl_ficlone(std::fs::File::create(to)?, std::fs::File::open(from)?)?)
-    }
 }
 
-impl Trial {
+impl Overlay {
     fn whiteouts_work(&self) -> Result<()> {
         fs::unlinkat(&self.merged, "other", AtFlags::empty()).doing(|| "removing a file of a lower layer")?;
         if self.upper.join("other").symlink_metadata().is_err() {
@@ -240,34 +169,4 @@ impl Trial {
         let name = format!("{}probe", self.xattrs.prefix());
         file.is_ok_and(|file| fs::fsetxattr(file, name, b"1", XattrFlags::empty()).is_ok())
     }
-}
-
-/// `trusted.` if this process may write it here, else `user.`.
-fn writable_xattrs(dir: &Path) -> Result<OverlayXattrs> {
-    let writes = |xattrs: OverlayXattrs| xattr::set(dir, format!("{}probe", xattrs.prefix()), b"1");
-    if writes(OverlayXattrs::Trusted).is_ok() {
-        return Ok(OverlayXattrs::Trusted);
-    }
-    writes(OverlayXattrs::User).map(|()| OverlayXattrs::User).map_err(|e| {
-        Error::from(e)
-            .doing("setting an extended attribute")
-            .hint("put the data root on ext4, xfs or btrfs; tmpfs has user attributes since Linux 6.6")
-    })
-}
-
-/// Without file types in directory entries overlayfs cannot tell whiteouts (kernel `overlayfs.rst`, "Upper and Lower").
-fn needs_d_type(dir: &Path) -> Result<()> {
-    std::fs::write(dir.join("type"), "")?;
-    let fd = fs::openat(CWD, dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    for entry in Dir::read_from(&fd)? {
-        let entry = entry?;
-        if entry.file_name() == c"type" && entry.file_type() != FileType::RegularFile {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "its directories do not tell the type of their entries (d_type)",
-            )
-            .hint("an xfs must be made with ftype=1: mkfs.xfs -n ftype=1"));
-        }
-    }
-    Ok(())
 }

@@ -25,7 +25,7 @@ pub fn main(setups: Vec<Setup>) -> ExitCode {
     let setups: Vec<Arc<Setup>> = setups.into_iter().map(Arc::new).collect();
     let mut trials = Vec::new();
     for setup in &setups {
-        trials.extend(cases().map(|case| trial(setup, case, private.clone())));
+        trials.extend(cases().filter(|case| setup.takes(case.name)).map(|case| trial(setup, case, private.clone())));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -151,6 +151,8 @@ fn needs_privilege(op: &Op) -> bool {
     match op {
         Op::Chown { uid, gid, .. } => (*uid, *gid) != (0, 0),
         Op::Mknod { kind, .. } => *kind != FileKind::Fifo,
+        // The next write takes them away from who is not root everywhere.
+        Op::Write { mode, .. } | Op::Chmod { mode, .. } => mode & 0o6000 != 0,
         Op::SetXattr { name, .. } | Op::RemoveXattr { name, .. } => name.to_string_lossy().starts_with("trusted."),
         _ => false,
     }

@@ -106,7 +106,7 @@ fn own_tree(
     access: Access,
 ) -> Result<(Root, tar::Whiteouts)> {
     match driver.diff_dir(id) {
-        Some(dir) => Ok((Root::open(&dir.path)?, tar::Whiteouts::Overlay { xattrs: dir.xattrs, escape: true })),
+        Some(dir) => Ok((Root::open(&dir.path)?, tar::Whiteouts::Overlay { xattrs: dir.xattrs, escape: dir.escape })),
         None => Ok((mounted(driver, id, parents, access)?, tar::Whiteouts::Merged)),
     }
 }
@@ -128,6 +128,7 @@ fn with_narrow<T>(
 pub struct Setup {
     pub(super) name: String,
     without: Vec<(&'static str, &'static str)>,
+    only: Option<&'static [&'static str]>,
     open: Box<dyn Fn() -> Result<Box<dyn Subject>, Missing> + Send + Sync>,
 }
 
@@ -137,7 +138,7 @@ impl Setup {
         name: impl Into<String>,
         open: impl Fn() -> Result<Box<dyn Subject>, Missing> + Send + Sync + 'static,
     ) -> Setup {
-        Setup { name: name.into(), without: Vec::new(), open: Box::new(open) }
+        Setup { name: name.into(), without: Vec::new(), only: None, open: Box::new(open) }
     }
 
     /// The driver of `factory` with its data in a directory of such a filesystem: `overlay2::ext4`.
@@ -182,6 +183,22 @@ impl Setup {
         assert!(super::cases().any(|known| known.name == case), "there is no case {case} to leave out");
         self.without.push((case, reason));
         self
+    }
+
+    /// Takes these cases alone, for a variant of a setup that has them all and differs from it in nothing that the others
+    /// look at. The others do not appear at all.
+    ///
+    /// Panics if there is no such case.
+    pub fn only(mut self, cases: &'static [&'static str]) -> Setup {
+        for case in cases {
+            assert!(super::cases().any(|known| known.name == *case), "there is no case {case} to take");
+        }
+        self.only = Some(cases);
+        self
+    }
+
+    pub(super) fn takes(&self, case: &str) -> bool {
+        self.only.is_none_or(|only| only.contains(&case))
     }
 
     pub(super) fn left_out(&self, case: &str) -> Option<Missing> {

@@ -1,9 +1,11 @@
 //! Carrying out mount recipes, and the table of what is mounted.
 
 mod context;
+mod fuse;
 mod overlay;
 mod table;
 
+pub use fuse::{fuse_program, has_fuse};
 pub use overlay::{escape, has_lowerdir_plus, unescape};
 pub use table::{MountInfo, table, table_of};
 
@@ -22,6 +24,8 @@ use std::{
 /// Carries out a recipe without showing it anywhere: the descriptor is the root of a detached mount, which is gone when
 /// the last descriptor into it is closed. [`attach`] shows it.
 ///
+/// A type `fuse.NAME` starts the program NAME ([`fuse_program`]), which serves the filesystem until its last mount is gone.
+///
 /// A recipe of several steps is refused as `Unsupported`: all would go to one target, where the last hides the others.
 pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
     let [step] = recipe else {
@@ -31,7 +35,10 @@ pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
     let made = match step.fstype.as_str() {
         "bind" => bind(step),
         "overlay" => overlay::mount(step),
-        _ => generic(step),
+        fstype => match fstype.strip_prefix("fuse.") {
+            Some(name) => fuse::mount(name, step),
+            None => generic(step),
+        },
     };
     made.map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
 }

@@ -2,7 +2,7 @@
 
 use super::{Content, Sink, Whiteouts, header::corrupt, record::Recorder};
 use crate::{
-    Context, Error, ErrorKind, FileKind, Metadata, Result, Root, Timestamp,
+    Context, Error, ErrorKind, EscapeXattrs, FileKind, Metadata, OverlayXattrs, Result, Root, Timestamp,
     root::{names_in, proc_path, set_xattr_at, xattrs_at},
 };
 use rustix::{
@@ -467,19 +467,26 @@ impl<'a> FsSink<'a> {
 
     /// Whether overlayfs would heed this attribute on disk.
     fn is_overlay_own(&self, attr: &OsStr) -> bool {
-        let Whiteouts::Overlay { xattrs, .. } = self.whiteouts else { return false };
-        let rest = attr.as_bytes().strip_prefix(xattrs.prefix().as_bytes());
-        rest.is_some_and(|rest| !rest.starts_with(b"overlay."))
+        self.overlays(attr).is_some_and(|(_, rest)| !rest.starts_with(b"overlay."))
+    }
+
+    /// The prefix, and what follows it, of an attribute in a namespace that is heeded.
+    fn overlays<'n>(&self, attr: &'n OsStr) -> Option<(&'static str, &'n [u8])> {
+        let Whiteouts::Overlay { xattrs, escape } = self.whiteouts else { return None };
+        let heeded = |namespace: &OverlayXattrs| *namespace == xattrs || escape == EscapeXattrs::Both;
+        let mut namespaces = [OverlayXattrs::Trusted, OverlayXattrs::User].into_iter().filter(heeded);
+        namespaces.find_map(|namespace| {
+            Some((namespace.prefix(), attr.as_bytes().strip_prefix(namespace.prefix().as_bytes())?))
+        })
     }
 
     /// Attributes in overlayfs's namespace are escaped by another `overlay.` (kernel
     /// Documentation/filesystems/overlayfs.rst, "Nesting overlayfs mounts").
     fn name_on_disk<'n>(&self, attr: &'n OsStr) -> Result<Cow<'n, OsStr>> {
-        let Whiteouts::Overlay { xattrs, escape } = self.whiteouts else { return Ok(attr.into()) };
-        let prefix = xattrs.prefix();
-        match attr.as_bytes().strip_prefix(prefix.as_bytes()) {
+        let Whiteouts::Overlay { escape, .. } = self.whiteouts else { return Ok(attr.into()) };
+        match self.overlays(attr) {
             None => Ok(attr.into()),
-            Some(rest) if escape => {
+            Some((prefix, rest)) if escape != EscapeXattrs::None => {
                 let name = [prefix.as_bytes(), b"overlay.", rest].concat();
                 Ok(OsStr::from_bytes(&name).to_owned().into())
             }

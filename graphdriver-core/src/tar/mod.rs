@@ -18,7 +18,7 @@ pub use record::repack;
 pub use unpack::{Unpacked, apply, extract, inherit, unpack};
 pub use writer::TarWriter;
 
-use crate::{Metadata, OverlayXattrs, Result};
+use crate::{EscapeXattrs, Metadata, OverlayXattrs, Result};
 use std::{io::Read, path::Path};
 
 /// A run of bytes of a file that is stored; what lies between runs are holes.
@@ -86,9 +86,8 @@ pub enum Whiteouts {
     Overlay {
         /// The namespace of overlayfs's own xattrs.
         xattrs: OverlayXattrs,
-        /// Whether attributes in the tar that are in this namespace are escaped, as overlayfs does since Linux 6.8, so that
-        /// they come out of a mount as they were. Else they are refused as unsupported. They never take effect.
-        escape: bool,
+        /// What becomes of attributes in the tar that would be taken for such. They never take effect.
+        escape: EscapeXattrs,
     },
     /// The directory shows the layers below too: what is deleted is removed.
     Merged,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{
-    DiffId, Digest, Error, ErrorKind, FileKind, Inode, OverlayXattrs, Root, Timestamp,
+    DiffId, Digest, Error, ErrorKind, EscapeXattrs, FileKind, Inode, OverlayXattrs, Root, Timestamp,
     root::{inode_at, names_in},
 };
 use rustix::{
@@ -18,7 +18,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-const OVERLAY: Whiteouts = Whiteouts::Overlay { xattrs: OverlayXattrs::Trusted, escape: true };
+const OVERLAY: Whiteouts = Whiteouts::Overlay { xattrs: OverlayXattrs::Trusted, escape: EscapeXattrs::Own };
 
 /// A directory with a root to unpack in, a sentinel beside it, and a place for the record.
 struct Bench {
@@ -575,7 +575,7 @@ fn overlayfs_takes_no_orders_from_a_layer_tar() {
     let f = merged.inode(Path::new("f")).unwrap().unwrap().meta.xattrs;
     assert_eq!(f[OsStr::new("trusted.overlay.whiteout")], b"y");
     assert_eq!(f[OsStr::new("user.overlay.x")], b"z");
-    let refusing = Whiteouts::Overlay { xattrs: OverlayXattrs::Trusted, escape: false };
+    let refusing = Whiteouts::Overlay { xattrs: OverlayXattrs::Trusted, escape: EscapeXattrs::None };
     let e = Bench::new().unpack(&tar, refusing).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
 }

@@ -2,7 +2,8 @@
 
 use super::{Case, Subject, Twin, everyone, exact};
 use crate::{
-    Access, Change, ChangeKind, DiffId, Digest, LayerId, LayerOptions, Metadata, Result, Timestamp,
+    Access, Change, ChangeKind, CopyUnit, DiffId, Digest, LayerId, LayerOptions, Metadata, Result, Timestamp,
+    WriteStrategy,
     conformance::twin::{same_tree, snapshot},
     model::Op,
     tar::{Content, Segment, TarWriter},
@@ -261,9 +262,14 @@ fn sparse(subject: &mut dyn Subject) -> Result<()> {
         twin.subject.fill(id, parents, &mut &*tar, None)?;
         twin.subject.driver().commit(id)?;
     }
+    let strategy = &twin.subject.driver().capabilities().write_strategy;
+    let extents = matches!(strategy, WriteStrategy::CopyUp { unit: CopyUnit::Extent { .. } });
     for (id, parent) in [(child, base), (copy_child, copy)] {
         for (path, most) in [("holes", 4 * MIB), ("only-hole", 0), ("punched", 2 * MIB), ("new", 0)] {
             let stored = stored(twin.subject, id, &[parent], path)?;
+            // What is punched out of a file copied up by extents is stored as zeros, which tars then have too: a hole there
+            // stands for the lower file's data.
+            let most = if extents && path == "punched" { 4 * MIB } else { most };
             assert!(stored <= most, "{path} in layer {id} has {stored} bytes stored, not at most {most}");
         }
     }

@@ -6,7 +6,7 @@
 //! (`overlay.redirect`) or hides what is below (`overlay.opaque`): then the whole directory has to be compared. What
 //! the parents have been redirected to is no matter, because the parent's own view resolves it in the same way.
 
-use graphdriver_core::{Candidates, Context, Narrow, OverlayXattrs, Result, root::names_in};
+use crate::{Candidates, Context, Narrow, OverlayXattrs, Result, root::names_in};
 use rustix::{
     fs::{self, Mode, OFlags},
     io::Errno,
@@ -16,7 +16,7 @@ use std::{
     path::{Component, Path},
 };
 
-pub(crate) struct OverlayNarrow {
+pub(super) struct OverlayNarrow {
     pub diff: OwnedFd,
     pub xattrs: OverlayXattrs,
 }
@@ -59,7 +59,7 @@ fn stands_alone(dir: BorrowedFd<'_>, xattrs: OverlayXattrs) -> Result<bool> {
 }
 
 /// Whether overlayfs's attribute `name` is set, to whatever value.
-pub(crate) fn has(dir: BorrowedFd<'_>, xattrs: OverlayXattrs, name: &str) -> Result<bool> {
+pub(super) fn has(dir: BorrowedFd<'_>, xattrs: OverlayXattrs, name: &str) -> Result<bool> {
     let mut no_value: [u8; 0] = [];
     match fs::fgetxattr(dir, format!("{}{name}", xattrs.prefix()), &mut no_value) {
         Ok(_) => Ok(true),

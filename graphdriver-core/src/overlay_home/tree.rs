@@ -1,6 +1,6 @@
 //! Directory trees of the layers' own: measuring and removing them, by descriptor, with few of those however deep they are.
 
-use graphdriver_core::{Context, Error, ErrorKind, Result, Usage};
+use crate::{Context, Error, ErrorKind, Result, Usage};
 use rustix::{
     fs::{self, AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, StatxFlags},
     io::Errno,
@@ -18,7 +18,7 @@ fn open_below(dir: impl AsFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
 
 /// What a tree takes on disk, its root included; an inode with several names counts once. Extents shared with other
 /// files (reflinks) count in each of them. The tree may change meanwhile.
-pub(crate) fn usage(root: &Path) -> Result<Usage> {
+pub(super) fn usage(root: &Path) -> Result<Usage> {
     for _ in 0..3 {
         if let Some(usage) = Walk::run(root).doing(|| format!("measuring {}", root.display()))? {
             return Ok(usage);
@@ -94,7 +94,7 @@ impl Walk {
 
 /// Removes the tree `name` in `dir`, whatever its depth, modes and attributes. Nothing there is no error, and neither
 /// is somebody else removing the same. Interrupted, it can be repeated.
-pub(crate) fn remove(dir: BorrowedFd<'_>, name: &str) -> Result<()> {
+pub(super) fn remove(dir: BorrowedFd<'_>, name: &str) -> Result<()> {
     let cname = CString::new(name).map_err(|_| Error::new(ErrorKind::InvalidInput, "a zero byte in a name"))?;
     let root = match open_below(dir, &cname) {
         Err(Errno::NOENT) => return Ok(()),
