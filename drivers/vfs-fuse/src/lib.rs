@@ -1,0 +1,6 @@
+//! `vfs-fuse`: a union filesystem in user space, as library, storage driver and stand-alone program.
+
+pub mod claim;
+pub mod config;
+pub mod options;
+mod sys;
