@@ -2,5 +2,6 @@
 
 pub mod claim;
 pub mod config;
+pub mod extent;
 pub mod options;
 mod sys;

@@ -1,0 +1,49 @@
+//! The xattrs of an extent file: the header, and two that make the kernel's overlay refuse the file.
+
+use super::header::{Header, UpperIdentity, XATTR};
+use rustix::{
+    fs::{SeekFrom, XattrFlags},
+    io::{Errno, Result},
+};
+use std::os::fd::BorrowedFd;
+
+/// `overlay.metacopy` of a version (the first byte) that no kernel knows: with metacopy off the kernel refuses any file
+/// that has the xattr, with metacopy on it refuses this version or the redirect.
+const METACOPY: (&str, &[u8]) = ("metacopy", &[0xff, 4, 0, 0]);
+/// `overlay.redirect` to what no lookup can find: for kernels that do not look at the version.
+const REDIRECT: (&str, &[u8]) = ("redirect", b"/.");
+
+/// Turns a fresh empty file (open, not yet visible) into one that shows the lower file up to the header's limit, which is
+/// its size then. Fails with `ENOSPC` or `E2BIG` where the header does not fit in an xattr, and with `EOPNOTSUPP` where
+/// the file would not be a hole.
+pub fn prepare(upper: BorrowedFd<'_>, prefix: &str, header: &Header) -> Result<()> {
+    if UpperIdentity::of(upper)? != header.upper {
+        return Err(Errno::INVAL);
+    }
+    rustix::fs::fsetxattr(upper, format!("{prefix}{XATTR}"), &header.encode()?, XattrFlags::CREATE)?;
+    for (name, value) in [METACOPY, REDIRECT] {
+        rustix::fs::fsetxattr(upper, format!("{prefix}{name}"), value, XattrFlags::empty())?;
+    }
+    rustix::fs::ftruncate(upper, header.limit)?;
+    match rustix::fs::seek(upper, SeekFrom::Data(0)) {
+        Err(Errno::NXIO) => Ok(()),
+        Ok(_) => Err(Errno::OPNOTSUPP),
+        Err(e) => Err(e),
+    }
+}
+
+/// Replaces the header.
+pub(super) fn update(upper: BorrowedFd<'_>, prefix: &str, header: &Header) -> Result<()> {
+    rustix::fs::fsetxattr(upper, format!("{prefix}{XATTR}"), &header.encode()?, XattrFlags::REPLACE)
+}
+
+/// Makes the file a plain one. The header goes last: until then the file is read as an extent file, which is right too.
+pub(super) fn remove(upper: BorrowedFd<'_>, prefix: &str) -> Result<()> {
+    for name in [METACOPY.0, REDIRECT.0, XATTR] {
+        match rustix::fs::fremovexattr(upper, format!("{prefix}{name}")) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
