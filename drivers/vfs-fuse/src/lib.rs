@@ -5,3 +5,4 @@ pub mod config;
 pub mod extent;
 pub mod options;
 mod sys;
+pub mod union;
