@@ -2,7 +2,9 @@
 
 pub mod claim;
 pub mod config;
+pub mod daemon;
 pub mod extent;
+pub mod fuse;
 pub mod options;
 mod sys;
 pub mod union;
