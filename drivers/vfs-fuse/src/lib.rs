@@ -3,8 +3,11 @@
 pub mod claim;
 pub mod config;
 pub mod daemon;
+pub mod driver;
 pub mod extent;
 pub mod fuse;
 pub mod options;
 mod sys;
 pub mod union;
+
+pub use driver::FACTORY;
