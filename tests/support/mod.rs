@@ -3,7 +3,7 @@
 
 pub mod images;
 #[path = "../skip/mod.rs"]
-mod skip;
+pub mod skip;
 pub mod store;
 
 use std::{
