@@ -2,6 +2,7 @@
 //! callers see them.
 
 mod attr;
+mod bytes;
 mod complete;
 mod copy_up;
 mod create;
