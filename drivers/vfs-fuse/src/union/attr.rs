@@ -133,6 +133,9 @@ impl Union {
         }
         let owned = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
         let timed = set.atime.is_some() || set.mtime.is_some();
+        if timed && self.is_late(&node, set)? {
+            return self.attr_of_node(&node);
+        }
         if owned || timed {
             self.copy_up(&node, Change::Metadata)?;
             let open = self.open_extents(&node);
@@ -154,6 +157,17 @@ impl Union {
             self.drop_privileges(&node, caller)?;
         }
         self.attr_of_node(&node)
+    }
+
+    /// Whether these are only the times of a lower file, told back after it has lost the name that it was known by: a
+    /// kernel that gathers writes sends them then, and they are worth no copy.
+    fn is_late(&self, node: &Arc<Node>, set: &SetAttr) -> Result<bool> {
+        let place = node.place.lock();
+        let lost = place.parent.is_none() && place.layer != UPPER && node.dir.is_none();
+        drop(place);
+        let Some(Some(mtime)) = set.mtime.filter(|_| lost) else { return Ok(false) };
+        let alone = *set == SetAttr { mtime: set.mtime, ..SetAttr::default() };
+        Ok(alone && self.attr_of_node(node)?.mtime == mtime)
     }
 
     fn set_owner(&self, object: Object<'_>, kind: u32, set: &SetAttr) -> Result<()> {

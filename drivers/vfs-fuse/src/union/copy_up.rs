@@ -356,11 +356,11 @@ impl Union {
             if filled.is_some() {
                 node.place.lock().more().lower_blocks = lower.stat.stx_blocks;
             }
-            let names = self.names_to_place(node, &lower)?;
-            match &*names {
-                [] => self.place_nameless(upper, node, &temporary, filled, lower),
-                [_] => self.place_one(upper, node, &temporary, filled, lower),
-                _ => self.place_all(upper, node, &temporary, filled, lower, &names),
+            let own = node.place.lock().own_name();
+            match (lower.stat.stx_nlink > 1).then(|| self.names_of(node, own.clone())).transpose()?.as_deref() {
+                None | Some([_]) if own.is_some() => self.place_one(upper, node, &temporary, filled, lower),
+                None | Some([]) => self.place_nameless(upper, node, &temporary, filled, lower),
+                Some(names) => self.place_all(upper, node, &temporary, filled, lower, names),
             }
         });
         match made {
@@ -369,17 +369,6 @@ impl Union {
             Ok(()) => {}
         }
         made
-    }
-
-    fn names_to_place(&self, node: &Arc<Node>, lower: &Lower) -> Result<Vec<Name>> {
-        let own = {
-            let place = node.place.lock();
-            match &place.parent {
-                Some(parent) => (parent.clone(), place.name.clone()),
-                None => return Ok(Vec::new()),
-            }
-        };
-        if lower.stat.stx_nlink < 2 { Ok(vec![own]) } else { self.names_of(node, own) }
     }
 
     /// Makes the copy in the work directory. Returns the header, if it is an extent file.

@@ -25,23 +25,41 @@ pub(super) type Name = (Arc<Node>, Box<OsStr>);
 pub(super) type Links = HashMap<u64, Vec<Name>>;
 
 impl Union {
-    /// All names of a lower file with several, `own` among them. They are found by one walk over the merged tree, the
-    /// first time they are asked for: a file does not know its names.
-    pub(super) fn names_of(&self, node: &Arc<Node>, own: Name) -> Result<Vec<Name>> {
+    /// All names of a lower file with several, `own` among them if it is known by one. They are found by one walk over
+    /// the merged tree, the first time they are asked for: a file does not know its names.
+    pub(super) fn names_of(&self, node: &Arc<Node>, own: Option<Name>) -> Result<Vec<Name>> {
+        let all = match own {
+            Some(_) => self.known_names(node.ino)?,
+            None => self.search_names(node.ino)?,
+        };
+        let is_own =
+            |dir: &Arc<Node>, name: &OsStr| own.as_ref().is_some_and(|(d, n)| Arc::ptr_eq(d, dir) && **n == *name);
+        let mut others = Vec::new();
+        for (dir, name) in all {
+            if !is_own(&dir, &name) && self.is_still(&dir, &name, node)? {
+                others.push((dir, name));
+            }
+        }
+        Ok(own.into_iter().chain(others).collect())
+    }
+
+    fn known_names(&self, ino: u64) -> Result<Vec<Name>> {
         let mut links = self.links.lock();
         if links.is_none() {
             *links = Some(self.find_links()?);
         }
-        let all = links.as_ref().and_then(|l| l.get(&node.ino)).cloned().unwrap_or_default();
-        drop(links);
-        let mut names = vec![own];
-        for (dir, name) in all {
-            let other = !Arc::ptr_eq(&dir, &names[0].0) || name != names[0].1;
-            if other && self.is_still(&dir, &name, node)? {
-                names.push((dir, name));
+        Ok(links.as_ref().and_then(|l| l.get(&ino)).cloned().unwrap_or_default())
+    }
+
+    /// The names of a file that has lost the one it was known by. What was noted leaves out those with one name left.
+    fn search_names(&self, ino: u64) -> Result<Vec<Name>> {
+        let mut found = Vec::new();
+        self.each_lower_file(&mut |of, dir, name| {
+            if of == ino {
+                found.push((dir.clone(), name.into()));
             }
-        }
-        Ok(names)
+        })?;
+        Ok(found)
     }
 
     /// Whether the name is still that of the lower file.

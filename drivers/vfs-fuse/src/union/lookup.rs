@@ -394,8 +394,12 @@ fn settle(node: &Arc<Node>, dir: &Arc<Node>, name: &OsStr, found: &Found) -> boo
     if place.knows(dir, name) {
         return node.kind == kind_of(&found.stat);
     }
-    // One that has lost all names that were known, and is not dead, has this one left.
+    // One that has lost all names that were known, and is not dead, has this one left, unless only the one without a name
+    // was copied up.
     let has_others = found.stat.stx_nlink > 1 || place.parent.is_none();
+    if place.parent.is_none() && place.layer == UPPER && found.layer != UPPER {
+        return false;
+    }
     if node.kind != kind_of(&found.stat) || found.is_dir() || !has_others {
         return false;
     }

@@ -69,6 +69,11 @@ impl Place {
         self.more.get_or_insert_default()
     }
 
+    /// The name it is reached by, if it has one.
+    pub fn own_name(&self) -> Option<(Arc<Node>, Box<OsStr>)> {
+        self.parent.as_ref().map(|parent| (parent.clone(), self.name.clone()))
+    }
+
     pub fn is(&self, parent: &Arc<Node>, name: &OsStr) -> bool {
         self.parent.as_ref().is_some_and(|p| Arc::ptr_eq(p, parent)) && *self.name == *name
     }

@@ -278,7 +278,7 @@ fn a_very_deep_tree_is_worked_in() {
     union.create(id, OsStr::new("new"), 0o644, ROOT).unwrap();
     union.rename(id, OsStr::new("moved"), ROOT_ID, OsStr::new("moved"), 0).unwrap_err();
     assert_eq!(union.lookup(id, OsStr::new("new")).unwrap().attr.size, 0);
-    let names = union.names_of(&union.table.get(id).unwrap(), (union.root.clone(), OsStr::new("x").into()));
+    let names = union.names_of(&union.table.get(id).unwrap(), Some((union.root.clone(), OsStr::new("x").into())));
     assert_eq!(names.unwrap().len(), 1);
 }
 
@@ -372,6 +372,36 @@ fn the_name_that_is_left_is_the_file_that_lost_the_other() {
     assert!(union.read("moved").unwrap().starts_with(b"NEWo"));
     union.remove_path("moved", false).unwrap();
     union.forget(left.id, 1);
+}
+
+/// As an open file that is changed, or times that the kernel sends late.
+#[test]
+fn a_file_that_lost_the_name_it_was_known_by_keeps_its_others() {
+    for copied in [true, false] {
+        let mut layers = Layers::new(1);
+        layers.copy_up = CopyUp::Full;
+        layers.write("l1/one", b"lower");
+        fs::hard_link(layers.path("l1/one"), layers.path("l1/two")).unwrap();
+        let mut union = layers.open();
+        let one = union.at("one").unwrap();
+        union.remove_path("one", false).unwrap();
+        let change = match copied {
+            true => SetAttr { mode: Some(0o600), ..SetAttr::default() },
+            false => SetAttr { mtime: Some(Some(one.attr.mtime)), ..SetAttr::default() },
+        };
+        union.setattr(one.id, &change, ROOT).unwrap();
+        assert_eq!(layers.path("u/two").exists(), copied, "{change:?}");
+        for _ in 0..2 {
+            assert_eq!(union.at("one").unwrap_err(), Errno::NOENT);
+            assert_eq!(union.read("two").unwrap(), b"lower");
+            let two = union.at("two").unwrap();
+            assert_eq!((two.attr.ino, two.attr.mode & 0o777), (one.attr.ino, if copied { 0o600 } else { 0o644 }));
+            union = layers.open_again(union);
+        }
+        let data = union.data(union.at("two").unwrap().id, true).unwrap();
+        data.write_at(b"L", 0).unwrap();
+        assert_eq!(union.read("two").unwrap(), b"Lower");
+    }
 }
 
 #[test]
