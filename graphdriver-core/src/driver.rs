@@ -100,6 +100,21 @@ pub trait GraphDriver: Send + Sync {
     /// `ReadWrite` is for active layers only.
     fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>>;
 
+    /// How much the layer may take at the most.
+    fn limits(&self, _id: LayerId) -> Result<Limits> {
+        Ok(Limits::default())
+    }
+
+    /// Changes how much the layer, active and perhaps mounted, may take at the most; `None` inside: no limit any more.
+    /// What it takes already stays, also if that is more. Fails with `Unsupported` for a limit that cannot be enforced.
+    fn set_limits(&self, _id: LayerId, limits: Limits) -> Result<()> {
+        if limits == Limits::default() {
+            return Ok(());
+        }
+        let why = format!("storage driver {} limits no layers here", self.name());
+        Err(crate::Error::new(crate::ErrorKind::Unsupported, why))
+    }
+
     /// A hint that nobody has it mounted: a device may sleep until the next `mount`.
     fn release(&self, _id: LayerId) -> Result<()> {
         Ok(())
@@ -221,6 +236,8 @@ pub struct Capabilities {
     pub write_strategy: WriteStrategy,
     /// Whether [`LayerOptions::size`] is enforced.
     pub quota: bool,
+    /// Whether [`LayerOptions::inodes`] is.
+    pub inode_quota: bool,
     /// Whether [`GraphDriver::native_diff`] is there.
     pub native_diff: bool,
     /// Whether its mounts can be id-mapped.
@@ -287,9 +304,20 @@ impl fmt::Display for WriteStrategy {
 pub struct LayerOptions {
     /// The most that may be written to it.
     pub size: Option<ByteSize>,
+    /// The most inodes (files, directories and all else) that may be in it.
+    pub inodes: Option<u64>,
     /// Whether it has to survive a power cut, empty as it is, from when `create` returns: as a container's writable layer
     /// does, and a layer that is filled and committed at once does not.
     pub durable: bool,
+}
+
+/// What a layer may take at the most; `None`: as much as there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    /// Bytes.
+    pub size: Option<ByteSize>,
+    /// Inodes.
+    pub inodes: Option<u64>,
 }
 
 /// The space a layer takes.

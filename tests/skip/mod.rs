@@ -13,6 +13,11 @@ use std::{
 pub fn skipped(test: &str, unmet: Option<String>) -> bool {
     let Some(reason) = unmet else { return false };
     assert_ne!(std::env::var("GRAPHDRIVER_REQUIRE_ALL").as_deref(), Ok("1"), "required to run, but {test}: {reason}");
+    note(test, &reason);
+    true
+}
+
+fn note(test: &str, reason: &str) {
     // libtest captures what the print macros write, and shows it only of tests that fail.
     io::stderr().write_all(format!("skipped: {test}: {reason}\n").as_bytes()).expect("standard error takes a line");
     if let Some(log) = std::env::var_os("GRAPHDRIVER_SKIP_LOG") {
@@ -20,6 +25,16 @@ pub fn skipped(test: &str, unmet: Option<String>) -> bool {
         let written = file.and_then(|mut file| file.write_all(format!("{test}: {reason}\n").as_bytes()));
         written.unwrap_or_else(|e| panic!("noting a skipped test in {}: {e}", log.display()));
     }
+}
+
+/// The same for what only the guest's kernel has (`GRAPHDRIVER_GUEST=1` there): elsewhere it is never a failure, since
+/// `scripts/guest-test` runs the test.
+#[allow(dead_code)] // Most test binaries that share this need no guest.
+#[track_caller]
+pub fn skipped_outside_guest(test: &str, unmet: Option<String>) -> bool {
+    let Some(reason) = unmet else { return false };
+    assert_ne!(std::env::var("GRAPHDRIVER_GUEST").as_deref(), Ok("1"), "the guest has to run it, but {test}: {reason}");
+    note(test, &format!("{reason} (scripts/guest-test runs it)"));
     true
 }
 

@@ -157,6 +157,7 @@ fn capabilities(support: &Support) -> Capabilities {
     Capabilities {
         write_strategy: WriteStrategy::CopyUp { unit },
         quota: false,
+        inode_quota: false,
         native_diff: true,
         idmapped_mounts: support.idmapped,
         independent_layers: true,

@@ -67,6 +67,13 @@ impl Missing {
     pub fn failed(e: Error) -> Missing {
         Missing { what: e.to_string(), remedy: String::new(), excluded: false }
     }
+
+    /// Something that only the guest's kernel has (`GRAPHDRIVER_GUEST=1` there), which runs the case: elsewhere it is no
+    /// failure that it cannot run.
+    pub fn only_in_guest(what: impl Into<String>) -> Missing {
+        let in_guest = std::env::var_os("GRAPHDRIVER_GUEST").is_some_and(|value| value == "1");
+        Missing { what: what.into(), remedy: "scripts/guest-test runs it".into(), excluded: !in_guest }
+    }
 }
 
 impl fmt::Display for Missing {

@@ -61,6 +61,7 @@ impl ModelDriver {
         let capabilities = Capabilities {
             write_strategy: WriteStrategy::CopyUp { unit: CopyUnit::File },
             quota: true,
+            inode_quota: false,
             native_diff: false,
             idmapped_mounts: false,
             independent_layers: false,

@@ -30,6 +30,7 @@ impl DirDriver {
         let capabilities = Capabilities {
             write_strategy: WriteStrategy::CopyUp { unit: CopyUnit::File },
             quota: false,
+            inode_quota: false,
             native_diff: false,
             idmapped_mounts: false,
             independent_layers: true,
@@ -173,7 +174,7 @@ fn kind_of<T>(result: Result<T>) -> K {
 fn a_layer_is_seen_when_it_is_kept_and_not_before() {
     let dir = tempfile::tempdir().unwrap();
     let layers = open(dir.path());
-    let options = LayerOptions { size: Some(ByteSize(1 << 30)), durable: true };
+    let options = LayerOptions { size: Some(ByteSize(1 << 30)), inodes: None, durable: true };
     let new = layers.create(LayerKind::Active, None, &options).unwrap();
     let id = new.id();
     assert_eq!(kind_of(layers.get(id)), K::NotFound);

@@ -192,6 +192,7 @@ fn capabilities(home: &Path, support: &Support) -> Capabilities {
     Capabilities {
         write_strategy: WriteStrategy::CopyUp { unit: support.unit },
         quota: false,
+        inode_quota: false,
         native_diff: support.whiteouts,
         idmapped_mounts: false,
         independent_layers: support.whiteouts,

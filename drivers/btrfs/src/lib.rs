@@ -1,0 +1,1 @@
+//! The btrfs storage driver.

@@ -1,0 +1,1 @@
+//! The zfs storage driver.
