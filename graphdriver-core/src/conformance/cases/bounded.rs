@@ -42,7 +42,7 @@ fn limited(subject: &dyn Subject) -> Result<(LayerId, LayerId)> {
     let driver = subject.driver();
     driver.create(base, &[], &LayerOptions::default())?;
     driver.commit(base)?;
-    driver.create(id, &[base], &LayerOptions { size: Some(ByteSize(50 * MB)), durable: true })?;
+    driver.create(id, &[base], &LayerOptions { size: Some(ByteSize(50 * MB)), inodes: None, durable: true })?;
     Ok((base, id))
 }
 

@@ -116,7 +116,7 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
-const PLAIN: &LayerOptions = &LayerOptions { size: None, durable: true };
+const PLAIN: &LayerOptions = &LayerOptions { size: None, inodes: None, durable: true };
 const A: LayerId = LayerId(1);
 const B: LayerId = LayerId(2);
 const C: LayerId = LayerId(3);
@@ -253,7 +253,7 @@ fn leftovers(subject: &mut dyn Subject) -> Result<()> {
 }
 
 fn size_refused(subject: &mut dyn Subject) -> Result<()> {
-    let sized = LayerOptions { size: Some(ByteSize(1 << 20)), durable: true };
+    let sized = LayerOptions { size: Some(ByteSize(1 << 20)), inodes: None, durable: true };
     let refusal = subject.driver().create(A, &[], &sized).expect_err("a size nobody enforces was accepted");
     assert_eq!(refusal.kind(), ErrorKind::Unsupported);
     assert!(refusal.to_string().len() > 20, "a refusal has to say what is missing: {refusal}");
