@@ -162,7 +162,8 @@ impl VfsFuse {
         if lower.is_empty() {
             lower.push(self.home.empty());
         }
-        let config = Config { lower, upper: Some(upper), work: Some(work.into()), ..Config::default() };
+        let user_xattrs = self.home.xattrs() == OverlayXattrs::User;
+        let config = Config { lower, upper: Some(upper), work: Some(work.into()), user_xattrs, ..Config::default() };
         extent::complete_layer(&config).map(drop).doing(|| "completing the files that were copied up by extents")
     }
 }
