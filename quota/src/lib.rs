@@ -1,6 +1,12 @@
 //! Limits on how much a directory tree may take: project quotas of xfs and ext4, btrfs qgroups and zfs refquota with one
 //! face, [`Quota`].
 
+mod layers;
+pub mod project;
+mod sys;
+
+pub use layers::{LayerQuota, Wishes};
+
 use graphdriver_core::{Limits, Result, Usage};
 use std::path::{Path, PathBuf};
 
