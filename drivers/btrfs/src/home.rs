@@ -215,7 +215,7 @@ impl Home {
     }
 
     /// Removes the qgroups of deleted subvolumes, as far as the kernel is done with these. It waits for nothing.
-    fn tidy(&self) -> Result<()> {
+    pub(crate) fn tidy(&self) -> Result<()> {
         let Some(quotas) = self.quotas.as_ref().filter(|_| self.privileged) else { return Ok(()) };
         for (name, path) in entries(&self.path.join("stale"))? {
             let Ok(id) = name.parse() else { continue };

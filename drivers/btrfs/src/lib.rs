@@ -96,6 +96,7 @@ impl Btrfs {
         let support = probe::support(path)?;
         let mut home = Home::open(path, support.privileged)?;
         home.quotas = probe::quotas(path, &wishes)?;
+        home.tidy()?;
         let capabilities = probe::capabilities(&support, home.quotas.is_some() && support.privileged);
         Ok(Btrfs { home, support, min_space: wishes.min_space, capabilities })
     }
