@@ -6,6 +6,8 @@ pub mod project;
 mod sys;
 
 pub use layers::{LayerQuota, Wishes};
+#[cfg(feature = "btrfs")]
+pub mod qgroup;
 
 use graphdriver_core::{Limits, Result, Usage};
 use std::path::{Path, PathBuf};

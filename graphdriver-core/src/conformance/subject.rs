@@ -235,6 +235,15 @@ impl Drop for Home {
     }
 }
 
+impl Drop for Mounting {
+    fn drop(&mut self) {
+        // What a driver has made may be more than directories, or such that others cannot remove.
+        if let Some(Err(e)) = self.driver.as_ref().map(|driver| driver.reclaim(&|_| false)) {
+            eprintln!("removing what the case has made: {e}");
+        }
+    }
+}
+
 impl Subject for Mounting {
     fn driver(&self) -> &dyn GraphDriver {
         self.driver.as_deref().expect("reopen puts it back")
