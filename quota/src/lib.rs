@@ -1,6 +1,8 @@
 //! Limits on how much a directory tree may take: project quotas of xfs and ext4, btrfs qgroups and zfs refquota with one
 //! face, [`Quota`].
 
+pub mod refquota;
+
 use graphdriver_core::{Limits, Result, Usage};
 use std::path::{Path, PathBuf};
 
