@@ -120,17 +120,37 @@ pub fn zpool(arguments: &[&str]) -> Result<String> {
 
 /// Which of these datasets and snapshots are there.
 pub fn existing<'n>(names: &[&'n str]) -> Result<HashSet<&'n str>> {
-    let arguments = [&["list", "-H", "-t", "all", "-o", "name"], names].concat();
+    let found: HashSet<String> = list(&[], names)?.into_iter().map(|row| row.name).collect();
+    Ok(names.iter().copied().filter(|name| found.contains(*name)).collect())
+}
+
+/// A dataset or snapshot that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Its full name.
+    pub name: String,
+    /// Its properties, in the order asked for, as `-p` prints them.
+    pub values: Vec<String>,
+}
+
+/// Properties of those of these datasets and snapshots that are there, with one run of the command.
+pub fn list(properties: &[&str], names: &[&str]) -> Result<Vec<Row>> {
+    let columns = [&["name"], properties].concat().join(",");
+    let arguments = [&["list", "-Hp", "-t", "all", "-o", columns.as_str()], names].concat();
     let out = output("zfs", &arguments)?;
     let said = String::from_utf8_lossy(&out.stderr);
     if !out.status.success()
         && (said.is_empty() || said.lines().any(|line| failure(line).kind() != ErrorKind::NotFound))
     {
-        return Err(failure(&said).doing("looking for datasets"));
+        return Err(failure(&said).doing(format!("zfs {}", arguments.join(" "))));
     }
     let found = String::from_utf8_lossy(&out.stdout);
-    let found: HashSet<&str> = found.lines().collect();
-    Ok(names.iter().copied().filter(|name| found.contains(name)).collect())
+    let row = |line: &str| {
+        let mut fields = line.split('\t').map(str::to_owned);
+        let row = Row { name: fields.next().unwrap_or_default(), values: fields.collect() };
+        if row.values.len() == properties.len() { Ok(row) } else { Err(odd_output(line)) }
+    };
+    found.lines().map(row).collect()
 }
 
 fn run(program: &str, arguments: &[&str]) -> Result<String> {

@@ -52,7 +52,7 @@ use graphdriver_core::{
 };
 use graphdriver_quota::{
     Quota,
-    refquota::{RefQuota, existing, no_inode_limit, number, numbers, objects, rows, set_property, zfs},
+    refquota::{RefQuota, existing, list, no_inode_limit, number, numbers, objects, rows, set_property, zfs},
 };
 use home::Names;
 use options::Wishes;
@@ -92,7 +92,7 @@ pub struct Zfs {
 struct Layer {
     /// The snapshot it is a clone of.
     origin: String,
-    /// Bytes it takes by itself, and its temporary snapshots.
+    /// Bytes it takes by itself.
     used: u64,
     committed: bool,
 }
@@ -141,16 +141,14 @@ impl Zfs {
     /// Fails with `NotFound` if there is no such layer.
     fn layer(&self, id: LayerId) -> Result<Layer> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let out = match zfs(&["list", "-Hp", "-o", "origin,used", &name]) {
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                return Err(Error::new(ErrorKind::NotFound, format!("layer {id} is not there")));
-            }
-            out => out?,
+        let found = list(&["origin", "used", "written"], &[&name, &committed])?;
+        let of = |wanted: &str| found.iter().find(|row| row.name == wanted).map(|row| &row.values[..]);
+        let Some([origin, used, _]) = of(&name) else {
+            return Err(Error::new(ErrorKind::NotFound, format!("layer {id} is not there")));
         };
-        let [origin, used] =
-            rows(&out)?.pop().ok_or_else(|| Error::new(ErrorKind::Corrupt, "zfs list printed nothing"))?;
-        let committed = self.storage.present(&[&committed])?.contains(committed.as_str());
-        Ok(Layer { origin, used: number(&used)?, committed })
+        let frozen = of(&committed).map(|values| number(&values[2])).transpose()?;
+        let used = frozen.map_or_else(|| number(used), Ok)?;
+        Ok(Layer { origin: origin.clone(), used, committed: frozen.is_some() })
     }
 
     fn make(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()> {
@@ -163,8 +161,10 @@ impl Zfs {
         }
         let origin = parents.first().map_or(self.names.empty(), |parent| self.names.committed(*parent));
         let (name, new) = (self.names.layer(id), self.names.new_layer(id));
-        self.check_present(&name, parents)?;
-        self.remove_leftovers(id)?;
+        let leftovers = [&new, &self.names.removed(id)];
+        for leftover in self.check_present(&name, parents, leftovers)? {
+            self.destroy(&leftover)?;
+        }
         self.storage.clone(&origin, &new)?;
         let finish = || {
             if let Some(size) = options.size {
@@ -175,11 +175,12 @@ impl Zfs {
         finish().inspect_err(|_| drop(self.destroy(&new)))
     }
 
-    /// Fails with `NotFound` without one of the parents, and with `AlreadyExists` if `name` is there.
-    fn check_present(&self, name: &str, parents: &[LayerId]) -> Result<()> {
+    /// Fails with `NotFound` without one of the parents, and with `AlreadyExists` if `name` is there. Returns which of the
+    /// leftovers are.
+    fn check_present(&self, name: &str, parents: &[LayerId], leftovers: [&String; 2]) -> Result<Vec<String>> {
         let below: Vec<String> = parents.iter().map(|parent| self.names.committed(*parent)).collect();
         let mut names: Vec<&str> = below.iter().map(String::as_str).collect();
-        names.push(name);
+        names.extend([name, leftovers[0], leftovers[1]]);
         let there = self.storage.present(&names)?;
         if let Some((missing, _)) = parents.iter().zip(&below).find(|(_, below)| !there.contains(below.as_str())) {
             return Err(Error::new(
@@ -187,10 +188,10 @@ impl Zfs {
                 format!("its parent, committed layer {missing}, is not there"),
             ));
         }
-        match there.contains(name) {
-            true => Err(Error::new(ErrorKind::AlreadyExists, "it is there already")),
-            false => Ok(()),
+        if there.contains(name) {
+            return Err(Error::new(ErrorKind::AlreadyExists, "it is there already"));
         }
+        Ok(leftovers.into_iter().filter(|name| there.contains(name.as_str())).cloned().collect())
     }
 
     /// Lets `dataset` refer to `size` bytes more than its origin.
@@ -245,55 +246,40 @@ impl Zfs {
 
     fn count(&self, id: LayerId) -> Result<Usage> {
         let layer = self.layer(id)?;
-        let committed = self.names.committed(id);
-        let (bytes, counted) = match layer.committed {
-            true => (numbers(&committed, &["written"])?[0], committed),
-            false => (layer.used, self.names.layer(id)),
-        };
+        let counted = if layer.committed { self.names.committed(id) } else { self.names.layer(id) };
         let inodes = match (objects(&counted)?, objects(&layer.origin)?) {
             (Some(all), Some(below)) => all.saturating_sub(below),
             _ => 0,
         };
-        Ok(Usage { bytes, inodes })
+        Ok(Usage { bytes: layer.used, inodes })
     }
 
     fn erase(&self, id: LayerId) -> Result<()> {
-        self.remove_leftovers(id)?;
-        let (name, removed) = (self.names.layer(id), self.names.removed(id));
-        if !self.storage.present(&[&name])?.contains(name.as_str()) {
+        let (name, committed) = (self.names.layer(id), self.names.committed(id));
+        let (new, removed) = (self.names.new_layer(id), self.names.removed(id));
+        let there = self.storage.present(&[&name, &committed, &new, &removed])?;
+        for leftover in [&new, &removed].into_iter().filter(|name| there.contains(name.as_str())) {
+            self.destroy(leftover)?;
+        }
+        if !there.contains(name.as_str()) {
             return Ok(());
         }
         refuse_mounted(&name)?;
-        let committed = self.layer(id)?.committed;
         self.storage.rename(&name, &removed)?;
         self.destroy(&removed).or_else(|e| {
             // It stays as it was, unless its snapshot is gone already: what is left then has a name that nobody takes for a
             // layer, until removing is repeated.
             let snapshot = format!("{removed}@{}", home::COMMITTED);
-            if !committed || self.storage.present(&[&snapshot])?.contains(snapshot.as_str()) {
+            if !there.contains(committed.as_str()) || existing(&[&snapshot])?.len() == 1 {
                 self.storage.rename(&removed, &name)?;
             }
             Err(e)
         })
     }
 
-    fn remove_leftovers(&self, id: LayerId) -> Result<()> {
-        let (new, removed) = (self.names.new_layer(id), self.names.removed(id));
-        let there = self.storage.present(&[&new, &removed])?;
-        there.iter().try_for_each(|name| self.destroy(name))
-    }
-
     /// Destroys a dataset with its snapshots, patiently.
     fn destroy(&self, dataset: &str) -> Result<()> {
-        let snapshots = zfs(&["list", "-H", "-t", "snapshot", "-d", "1", "-o", "name", dataset])?;
-        for name in snapshots.lines().chain([dataset]) {
-            match patiently(|| self.storage.destroy(name)) {
-                // A temporary snapshot of `zfs diff` goes by itself.
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                done => done?,
-            }
-        }
-        Ok(())
+        patiently(|| self.storage.destroy(dataset))
     }
 }
 

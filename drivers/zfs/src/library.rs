@@ -2,6 +2,7 @@
 
 use crate::storage::Storage;
 use graphdriver_core::{Context, Error, ErrorKind, Result};
+use graphdriver_quota::refquota::zfs;
 use nvpair::NvList;
 use rustix::io::Errno;
 use std::collections::HashSet;
@@ -35,8 +36,16 @@ impl Storage for Library {
         self.0.rename(from, to).doing(|| format!("renaming {from} to {to}"))
     }
 
-    fn destroy(&self, name: &str) -> Result<()> {
-        self.0.destroy(name).map_err(in_use).doing(|| format!("destroying {name}"))
+    fn destroy(&self, dataset: &str) -> Result<()> {
+        let snapshots = zfs(&["list", "-H", "-t", "snapshot", "-d", "1", "-o", "name", dataset])?;
+        for name in snapshots.lines().chain([dataset]) {
+            match self.0.destroy(name).map_err(in_use) {
+                // A temporary snapshot of `zfs diff` goes by itself.
+                Err(e) if e.kind() == ErrorKind::NotFound && name != dataset => {}
+                done => done.doing(|| format!("destroying {name}"))?,
+            }
+        }
+        Ok(())
     }
 
     fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>> {

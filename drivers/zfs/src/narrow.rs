@@ -2,9 +2,14 @@
 
 use crate::{Layer, Zfs, changes::Changes, home::mount_point, private::with_mounts};
 use graphdriver_core::{Access, Candidates, Context, LayerId, Narrow, Result, Root, mount, root::names_in};
-use graphdriver_quota::refquota::{objects, set_property, zfs};
+use graphdriver_quota::refquota::{list, objects, set_property, zfs};
 use rustix::io::Errno;
-use std::{collections::BTreeSet, ffi::OsString, os::fd::AsFd, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::OsString,
+    os::fd::AsFd,
+    path::Path,
+};
 
 /// Says of a committed layer whether ZFS finds a path for each of its files, if the layers below are so too: `plain` or
 /// `odd`. Found out when it is first asked for.
@@ -53,11 +58,8 @@ fn entries(tree: &Root, dir: &Path) -> Result<Vec<OsString>> {
 impl Zfs {
     pub(crate) fn narrow_layer(&self, id: LayerId, parents: &[LayerId]) -> Result<Box<dyn Narrow>> {
         let (layer, [parent, ..]) = (self.layer(id)?, parents) else { return Ok(Box::new(Everywhere)) };
-        // From the bottom: a layer's own count says something only if those below are plain.
-        for below in parents.iter().rev() {
-            if !self.is_plain(*below)? {
-                return Ok(Box::new(Everywhere));
-            }
+        if !self.are_plain(parents)? {
+            return Ok(Box::new(Everywhere));
         }
         let changes = self.changes(id, &layer)?;
         let (lower, upper) = (self.view(*parent)?, self.view(id)?);
@@ -71,13 +73,27 @@ impl Zfs {
         mount::detached(&self.recipe(id, Access::ReadOnly)?).map(Root::from_fd)
     }
 
-    /// Whether ZFS finds every file of a committed layer, given that it does for the layers below.
-    fn is_plain(&self, id: LayerId) -> Result<bool> {
-        let name = self.names.layer(id);
-        let known = zfs(&["get", "-Hp", "-s", "local", "-o", "value", LINKS, &name])?;
-        if let Some(known) = known.lines().next() {
-            return Ok(known == "plain");
+    /// Whether ZFS finds every file of these committed layers, topmost first.
+    fn are_plain(&self, chain: &[LayerId]) -> Result<bool> {
+        let names: Vec<String> = chain.iter().map(|id| self.names.layer(*id)).collect();
+        let known = list(&[LINKS], &names.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let known: HashMap<&str, &str> = known.iter().map(|row| (row.name.as_str(), row.values[0].as_str())).collect();
+        // From the bottom: a layer's own count says something only if those below are plain.
+        for (id, name) in chain.iter().zip(&names).rev() {
+            let plain = match known.get(name.as_str()) {
+                Some(&"plain") => true,
+                Some(&"odd") => false,
+                _ => self.find_plain(*id)?,
+            };
+            if !plain {
+                return Ok(false);
+            }
         }
+        Ok(true)
+    }
+
+    /// Finds out and notes whether ZFS finds every file of a committed layer, given that it does for the layers below.
+    fn find_plain(&self, id: LayerId) -> Result<bool> {
         let layer = self.layer(id)?;
         let changes = self.changes(id, &layer)?;
         let counts = (objects(&layer.origin)?, objects(&self.names.committed(id))?);
@@ -85,7 +101,7 @@ impl Zfs {
             (Some(old), Some(new)) => !changes.relinked && new as i64 - old as i64 == changes.balance,
             _ => false,
         };
-        set_property(&name, LINKS, if plain { "plain" } else { "odd" })?;
+        set_property(&self.names.layer(id), LINKS, if plain { "plain" } else { "odd" })?;
         Ok(plain)
     }
 

@@ -2,12 +2,14 @@
 
 use crate::{home, options::Wishes};
 use graphdriver_core::{Context, Error, ErrorKind, Options, Result, Unmet};
-use graphdriver_quota::refquota::{check_name, existing, numbers, zpool};
+use graphdriver_quota::refquota::{check_name, list, number, zpool};
 use std::path::Path;
 
 /// What was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Support {
+    /// The dataset below which the store's is or would be.
+    pub parent: String,
     /// The block size of new files, in bytes.
     pub recordsize: u64,
 }
@@ -25,13 +27,13 @@ pub(crate) fn support(home: &Path, wishes: &Wishes) -> Result<Support> {
     }
     let parent = home::parent_dataset(home, wishes.fsname.as_deref())?;
     check_name(&parent)?;
-    if !existing(&[&parent])?.contains(parent.as_str()) {
+    let found = list(&["recordsize"], &[&parent])?;
+    let Some(row) = found.first() else {
         let pool = parent.split('/').next().unwrap_or_default();
         return Err(Error::new(ErrorKind::Unsupported, format!("there is no dataset {parent}"))
             .hint(format!("zfs create -p {parent}, or if its pool is not imported: zpool import {pool}")));
-    }
-    refuse_read_only(&parent)?;
-    Ok(Support { recordsize: numbers(&parent, &["recordsize"])?[0] })
+    };
+    Ok(Support { parent: parent.clone(), recordsize: number(&row.values[0])? })
 }
 
 fn refuse_read_only(dataset: &str) -> Result<()> {
@@ -48,7 +50,12 @@ fn refuse_read_only(dataset: &str) -> Result<()> {
 
 /// The same for those who choose a driver.
 pub(crate) fn probe(home: &Path, options: &Options) -> Result<Support, Unmet> {
-    Wishes::parse(options)
-        .and_then(|wishes| support(home, &wishes))
-        .map_err(|e| Unmet { missing: e.reason().into(), remedy: e.hint_text().unwrap_or("see zpool status").into() })
+    let find = || {
+        let support = support(home, &Wishes::parse(options)?)?;
+        refuse_read_only(&support.parent).map(|()| support)
+    };
+    find().map_err(|e: Error| Unmet {
+        missing: e.reason().into(),
+        remedy: e.hint_text().unwrap_or("see zpool status").into(),
+    })
 }

@@ -15,8 +15,8 @@ pub(crate) trait Storage: Send + Sync {
     /// Gives a dataset another name.
     fn rename(&self, from: &str, to: &str) -> Result<()>;
 
-    /// Destroys a dataset without snapshots, or a snapshot without clones. `Busy` if it is mounted or has such.
-    fn destroy(&self, name: &str) -> Result<()>;
+    /// Destroys a dataset with its snapshots, these first. `Busy` if one of them is mounted or has clones.
+    fn destroy(&self, dataset: &str) -> Result<()>;
 
     /// Which of these are there.
     fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>>;
@@ -51,8 +51,8 @@ impl Storage for Program {
         zfs(&["rename", "-u", from, to]).map(drop)
     }
 
-    fn destroy(&self, name: &str) -> Result<()> {
-        zfs(&["destroy", name]).map(drop)
+    fn destroy(&self, dataset: &str) -> Result<()> {
+        zfs(&["destroy", "-r", dataset]).map(drop)
     }
 
     fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>> {
