@@ -8,6 +8,7 @@ mod sys;
 pub use layers::{LayerQuota, Wishes};
 #[cfg(feature = "btrfs")]
 pub mod qgroup;
+pub mod refquota;
 
 use graphdriver_core::{Limits, Result, Usage};
 use std::path::{Path, PathBuf};

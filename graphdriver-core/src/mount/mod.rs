@@ -26,12 +26,32 @@ use std::{
 ///
 /// A type `fuse.NAME` starts the program NAME ([`fuse_program`]), which serves the filesystem until its last mount is gone.
 ///
-/// A recipe of several steps is refused as `Unsupported`: all would go to one target, where the last hides the others.
+/// A second step that makes the mount read-only, `bind,remount,ro`, is for filesystems whose superblock is writable while
+/// this mount of it is not (mount(2), `MS_REMOUNT | MS_BIND`). Any other recipe of several steps is refused as
+/// `Unsupported`: all would go to one target, where the last hides the others.
 pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
-    let [step] = recipe else {
-        let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
-        return Err(Error::new(ErrorKind::Unsupported, why));
-    };
+    match recipe {
+        [step] => first(step),
+        [step, then] if makes_read_only(then) => {
+            let mount = first(step)?;
+            sys::mount_setattr(mount.as_fd(), false, MountAttrFlags::MOUNT_ATTR_RDONLY, None)
+                .doing(|| format!("making the mount of {} read-only", step.source.display()))?;
+            Ok(mount)
+        }
+        _ => {
+            let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
+            Err(Error::new(ErrorKind::Unsupported, why))
+        }
+    }
+}
+
+fn makes_read_only(step: &Mount) -> bool {
+    let mut options: Vec<&str> = step.options.iter().map(String::as_str).collect();
+    options.sort_unstable();
+    step.fstype == "bind" && options == ["bind", "remount", "ro"]
+}
+
+fn first(step: &Mount) -> Result<OwnedFd> {
     let made = match step.fstype.as_str() {
         "bind" => bind(step),
         "overlay" => overlay::mount(step),
@@ -204,6 +224,19 @@ mod tests {
         assert!(dir.path().join("f").exists());
         let e = detached(&recipe("bind", dir.path(), &["size=3"])).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+    }
+
+    #[test]
+    fn a_second_step_can_make_a_mount_read_only_and_nothing_else() {
+        let [tmpfs] = recipe("tmpfs", Path::new("none"), &["size=1m"]);
+        let [remount] = recipe("bind", Path::new("none"), &["bind", "remount", "ro"]);
+        let mount = detached(&[tmpfs.clone(), remount]).unwrap();
+        let create = fs::openat(&mount, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
+        assert_eq!(create.unwrap_err(), Errno::ROFS);
+        for other in [&["bind", "ro"][..], &["bind", "remount"], &["bind", "remount", "ro", "nodev"]] {
+            let [step] = recipe("bind", Path::new("/"), other);
+            assert_eq!(detached(&[tmpfs.clone(), step]).unwrap_err().kind(), ErrorKind::Unsupported, "{other:?}");
+        }
     }
 
     #[test]
