@@ -26,11 +26,16 @@ use std::{
 ///
 /// A type `fuse.NAME` starts the program NAME ([`fuse_program`]), which serves the filesystem until its last mount is gone.
 ///
-/// A recipe of several steps is refused as `Unsupported`: all would go to one target, where the last hides the others.
+/// Further steps may only be remounts, type `bind` with the option `remount`, which change attributes of the mount itself
+/// (`ro`, `nosuid`). Other recipes of several steps are refused as `Unsupported`: all would go to one target, where the last
+/// hides the others.
 pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
-    let [step] = recipe else {
-        let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
-        return Err(Error::new(ErrorKind::Unsupported, why));
+    let (step, remounts) = match recipe {
+        [step, rest @ ..] if rest.iter().all(is_remount) => (step, rest),
+        _ => {
+            let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
     };
     let made = match step.fstype.as_str() {
         "bind" => bind(step),
@@ -40,7 +45,20 @@ pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
             None => generic(step),
         },
     };
-    made.map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
+    made.and_then(|mount| remounts.iter().try_for_each(|step| remount(&mount, step)).map(|()| mount))
+        .map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
+}
+
+fn is_remount(step: &Mount) -> bool {
+    step.fstype == "bind" && step.options.iter().any(|option| option == "remount")
+}
+
+fn remount(mount: &OwnedFd, step: &Mount) -> Result<()> {
+    let (attrs, rest) = split_attributes(&step.options);
+    if let Some(unknown) = rest.iter().find(|o| !matches!(o.as_str(), "bind" | "remount" | "ro")) {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("a remount has no option {unknown:?}")));
+    }
+    sys::mount_setattr(mount.as_fd(), false, attrs, None).doing(|| "setting attributes of a mount")
 }
 
 /// Shows a detached mount at a directory. Afterwards it is an ordinary mount, undone by [`unmount`].
@@ -204,6 +222,22 @@ mod tests {
         assert!(dir.path().join("f").exists());
         let e = detached(&recipe("bind", dir.path(), &["size=3"])).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+    }
+
+    #[test]
+    fn a_remount_makes_a_mount_read_only_and_not_its_filesystem() {
+        let steps = |last: &[&str]| {
+            let [first] = recipe("tmpfs", Path::new("none"), &[]);
+            let [second] = recipe("bind", Path::new(""), last);
+            [first, second]
+        };
+        let create = |mount: &OwnedFd| fs::openat(mount, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
+        let mount = detached(&steps(&["remount", "bind", "ro"])).unwrap();
+        assert_eq!(create(&mount).unwrap_err(), Errno::ROFS);
+        create(&detached(&steps(&["remount", "bind"])).unwrap()).unwrap();
+        let e = detached(&steps(&["remount", "bind", "size=3"])).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+        assert_eq!(detached(&steps(&["bind"])).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 
     #[test]

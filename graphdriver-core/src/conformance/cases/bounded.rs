@@ -22,6 +22,11 @@ pub(super) const CASES: &[Case] = &[
 
 const MB: u64 = 1_000_000;
 
+/// 50 MB, or more where a layer cannot be so small.
+fn limit(subject: &dyn Subject) -> u64 {
+    subject.least_size().next_multiple_of(50 * MB).max(50 * MB)
+}
+
 fn quota(subject: &dyn Subject) -> Result<(), &'static str> {
     if subject.driver().capabilities().quota { Ok(()) } else { Err("the driver enforces no sizes here") }
 }
@@ -42,15 +47,16 @@ fn limited(subject: &dyn Subject) -> Result<(LayerId, LayerId)> {
     let driver = subject.driver();
     driver.create(base, &[], &LayerOptions::default())?;
     driver.commit(base)?;
-    driver.create(id, &[base], &LayerOptions { size: Some(ByteSize(50 * MB)), inodes: None, durable: true })?;
+    driver.create(id, &[base], &LayerOptions { size: Some(ByteSize(limit(subject))), inodes: None, durable: true })?;
     Ok((base, id))
 }
 
 fn fits(subject: &mut dyn Subject) -> Result<()> {
     let (base, id) = limited(subject)?;
-    assert_eq!(write(subject, id, &[base], "fits", 25 * MB)?, Ok(()));
-    let refused = write(subject, id, &[base], "too-much", 50 * MB)?;
-    assert!(matches!(refused, Err(Errno::DQUOT | Errno::NOSPC)), "50 MB more gave {refused:?}");
+    let limit = limit(subject);
+    assert_eq!(write(subject, id, &[base], "fits", limit / 2)?, Ok(()));
+    let refused = write(subject, id, &[base], "too-much", limit)?;
+    assert!(matches!(refused, Err(Errno::DQUOT | Errno::NOSPC)), "{limit} bytes more gave {refused:?}");
     Ok(())
 }
 
@@ -58,11 +64,12 @@ fn full(subject: &mut dyn Subject) -> Result<()> {
     let (base, id) = limited(subject)?;
     let sibling = LayerId(3);
     subject.driver().create(sibling, &[base], &LayerOptions::default())?;
-    let refused = write(subject, id, &[base], "too-much", 75 * MB)?;
-    assert!(matches!(refused, Err(Errno::DQUOT | Errno::NOSPC)), "75 MB gave {refused:?}");
+    let limit = limit(subject);
+    let refused = write(subject, id, &[base], "too-much", limit / 2 * 3)?;
+    assert!(matches!(refused, Err(Errno::DQUOT | Errno::NOSPC)), "{limit} bytes and half as many gave {refused:?}");
     assert_eq!(write(subject, sibling, &[base], "free", 60 * MB)?, Ok(()));
     assert!(snapshot(subject, id, &[base])?.contains_key(Path::new("too-much")));
     subject.with_tree(id, &[base], Access::ReadWrite, &mut |tree| Ok(tree.apply(&Op::unlink("too-much"))?))?;
-    assert_eq!(write(subject, id, &[base], "again", 25 * MB)?, Ok(()));
+    assert_eq!(write(subject, id, &[base], "again", limit / 2)?, Ok(()));
     subject.driver().commit(id)
 }
