@@ -80,7 +80,7 @@ impl Kernel {
 
     /// None if there is no such device.
     pub(crate) fn info(&self, name: &str) -> Result<Option<Info>> {
-        let info = match self.dm.device_info(&id(&dm_name(name)?)) {
+        let info = match self.dm.device_info(&id(dm_name(name)?)) {
             Ok(info) => info,
             Err(e) if errno(&e) == Some(libc::ENXIO) => return Ok(None),
             Err(e) => return Err(said(e).doing(format!("looking at device {name}"))),
@@ -105,9 +105,9 @@ impl Kernel {
         let flags = if read_only { DmFlags::DM_READONLY } else { DmFlags::empty() };
         let options = DmOptions::private().set_flags(flags);
         let dm_name = dm_name(name)?;
-        self.dm.device_create(&dm_name, None, options).map_err(said).doing(doing)?;
+        self.dm.device_create(dm_name, None, options).map_err(said).doing(doing)?;
         step()?;
-        let made = self.load(&dm_name, target, options).and_then(|()| {
+        let made = self.load(dm_name, target, options).and_then(|()| {
             step()?;
             self.resume(name)
         });
@@ -127,17 +127,24 @@ impl Kernel {
     /// Gives a device another table. What is written meanwhile waits.
     pub(crate) fn reload(&self, name: &str, target: &Target) -> Result<()> {
         let dm_name = dm_name(name)?;
-        self.load(&dm_name, target, DmOptions::private())?;
+        self.load(dm_name, target, DmOptions::private())?;
+        self.quiesce(name)
+    }
+
+    /// Has a mounted filesystem write everything to its place, by suspending the device for a moment. A device that is left
+    /// suspended because the process is killed in between is resumed by the next one that opens the pool.
+    pub(crate) fn quiesce(&self, name: &str) -> Result<()> {
         step()?;
         let suspend = DmOptions::private().set_flags(DmFlags::DM_SUSPEND);
-        self.dm.device_suspend(&id(&dm_name), suspend).map_err(said).doing(|| format!("suspending device {name}"))?;
+        let suspended = self.dm.device_suspend(&id(dm_name(name)?), suspend).map_err(said);
+        suspended.doing(|| format!("suspending device {name}"))?;
         step()?;
         self.resume(name)
     }
 
     /// Lets a device work, with the table that was loaded last.
     pub(crate) fn resume(&self, name: &str) -> Result<()> {
-        let resumed = self.dm.device_suspend(&id(&dm_name(name)?), DmOptions::private()).map_err(said);
+        let resumed = self.dm.device_suspend(&id(dm_name(name)?), DmOptions::private()).map_err(said);
         resumed.map(drop).doing(|| format!("resuming device {name}")).hint(|| LOG)
     }
 
@@ -164,7 +171,7 @@ impl Kernel {
     }
 
     fn remove_with(&self, name: &str, flags: DmFlags) -> Result<()> {
-        match self.dm.device_remove(&id(&dm_name(name)?), DmOptions::private().set_flags(flags)) {
+        match self.dm.device_remove(&id(dm_name(name)?), DmOptions::private().set_flags(flags)) {
             Ok(_) => Ok(()),
             Err(e) if errno(&e) == Some(libc::ENXIO) => Ok(()),
             Err(e) => Err(said(e)).doing(|| format!("removing device {name}")),
@@ -185,7 +192,7 @@ impl Kernel {
 
     /// Takes back [`remove_when_closed`](Self::remove_when_closed). False if the device is on its way out.
     pub(crate) fn keep(&self, name: &str) -> Result<bool> {
-        match self.dm.target_msg(&id(&dm_name(name)?), None, "@cancel_deferred_remove") {
+        match self.dm.target_msg(&id(dm_name(name)?), None, "@cancel_deferred_remove") {
             Ok(_) => Ok(true),
             Err(e) if matches!(errno(&e), Some(libc::EBUSY | libc::ENXIO)) => Ok(false),
             Err(e) => Err(said(e)).doing(|| format!("keeping device {name}")),
@@ -195,7 +202,7 @@ impl Kernel {
     /// Tells a pool to do something (kernel `thin-provisioning.rst`, "Messages").
     pub(crate) fn tell(&self, pool: &str, message: &str) -> Result<()> {
         step()?;
-        let told = self.dm.target_msg(&id(&dm_name(pool)?), None, message).map_err(said);
+        let told = self.dm.target_msg(&id(dm_name(pool)?), None, message).map_err(said);
         told.doing(|| format!("telling pool {pool}: {message}"))?;
         step()
     }
@@ -203,7 +210,7 @@ impl Kernel {
     /// The parameters of a device's only target: its table if `table`, else its status.
     pub(crate) fn describe(&self, name: &str, table: bool) -> Result<(String, String)> {
         let flags = if table { DmFlags::DM_STATUS_TABLE } else { DmFlags::empty() };
-        let told = self.dm.table_status(&id(&dm_name(name)?), DmOptions::default().set_flags(flags));
+        let told = self.dm.table_status(&id(dm_name(name)?), DmOptions::default().set_flags(flags));
         let (_, targets) = told.map_err(said).doing(|| format!("asking for the state of device {name}"))?;
         let only = targets.into_iter().next().map(|(_, _, kind, params)| (kind, params));
         only.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("device {name} has no table")))

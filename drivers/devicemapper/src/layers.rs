@@ -1,21 +1,25 @@
 //! Layers: what the contract asks for, on the pool.
 
 use crate::{
-    filesystem,
+    filesystem::{self, Xfs},
     metadata::{Difference, Metadata},
-    options::Wishes,
+    narrow::{Changed, Everything, Ext4, Inodes},
+    options::{Fs, Wishes},
     pool::{Pool, Turn},
     state::{Base, Layer, Phase, Size, State, Storage},
     step, storage,
 };
 use graphdriver_core::{
-    Access, ByteSize, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Reclaimed, Result, Usage,
+    Access, ByteSize, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Narrow, Reclaimed, Result, Usage, mount,
 };
-use std::path::Path;
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 /// The layers of one data directory.
 pub(crate) struct Layers {
-    pool: Pool,
+    pub(crate) pool: Pool,
 }
 
 impl Layers {
@@ -91,7 +95,9 @@ impl Layers {
         turn.need_room()?;
         let layer = self.plan(&mut turn, parents.first().copied(), options)?;
         let (grow, origin) = (layer.grow, layer.thin);
-        turn.make(Some(origin), |state, thin| drop(state.layers.insert(id, Layer { thin, ..layer })))?;
+        turn.make(Some(origin), |state, thin| {
+            state.layers.insert(id, Layer { thin, ..layer });
+        })?;
         if !grow {
             return Ok(());
         }
@@ -266,6 +272,41 @@ impl Layers {
         turn.with_metadata(|metadata: &Metadata| metadata.compare(layer.thin, origin))
     }
 
+    /// Narrows a walk over the layer and its parent.
+    pub(crate) fn narrow(&self, id: LayerId) -> Result<Box<dyn Narrow>> {
+        let mut turn = self.pool.turn()?;
+        let layer = turn.state.visible(id)?.clone();
+        let Some(parent) = layer.parent else { return Ok(Box::new(Everything)) };
+        // Mounted first: that replays the log of a crash.
+        let (upper, node) = self.view(&mut turn, id)?;
+        let (lower, _) = self.view(&mut turn, parent)?;
+        if layer.phase == Phase::Active {
+            self.pool.kernel.quiesce(&turn.state.device_name(id))?;
+        }
+        let blocks = self.compare(&mut turn, id)?.changed;
+        let device = std::fs::File::open(&node)?;
+        let inodes = match layer.fs {
+            Fs::Xfs => Xfs::read(&device).map(Inodes::Xfs),
+            Fs::Ext4 => Ext4::read(&device).map(Inodes::Ext4),
+        };
+        match inodes {
+            Ok(inodes) => Ok(Box::new(Changed { inodes, blocks, block: turn.state.block, lower, upper })),
+            Err(e) => {
+                tracing::debug!("layer {id} is compared as a whole: {e}");
+                Ok(Box::new(Everything))
+            }
+        }
+    }
+
+    /// The layer as a detached mount for reading, and its device.
+    fn view(&self, turn: &mut Turn<'_>, id: LayerId) -> Result<(OwnedFd, PathBuf)> {
+        let node = turn.activate(id)?;
+        let layer = &turn.state.layers[&id];
+        let committed = layer.phase == Phase::Committed;
+        let recipe = filesystem::recipe(layer.fs, &node, committed, Access::ReadOnly, &self.pool.wishes.mount);
+        Ok((mount::detached(&recipe)?, node))
+    }
+
     pub(crate) fn limits(&self, id: LayerId) -> Result<Limits> {
         let size = self.pool.look()?.visible(id)?.size;
         Ok(Limits { size: Some(ByteSize(size)), inodes: None })
@@ -336,11 +377,13 @@ impl Layers {
         let Layer { thin, size, .. } = *layer;
         turn.ready()?;
         let name = turn.state.device_name(id);
-        self.pool.kernel.remove(&name)?;
-        if self.pool.wishes.discard {
-            turn.discard(&name, thin, size)?;
+        match self.pool.wishes.discard {
+            true => turn.discard(&name, thin, size)?,
+            false => self.pool.kernel.remove(&name)?,
         }
-        turn.delete(thin, |state| drop(state.layers.remove(&id)))
+        turn.delete(thin, |state| {
+            state.layers.remove(&id);
+        })
     }
 
     pub(crate) fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {

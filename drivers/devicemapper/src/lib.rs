@@ -24,6 +24,7 @@ mod dm;
 mod filesystem;
 mod layers;
 mod metadata;
+mod narrow;
 mod options;
 mod pool;
 mod probe;
@@ -33,8 +34,8 @@ mod storage;
 mod sys;
 
 use graphdriver_core::{
-    Access, Capabilities, Context, DriverFactory, GraphDriver, LayerId, LayerOptions, Limits, Mount, Options,
-    Reclaimed, Result, Usage,
+    Access, Capabilities, Context, DriverFactory, GraphDriver, LayerId, LayerOptions, Limits, Mount, Narrow,
+    NativeDiff, Options, Reclaimed, Result, Usage,
 };
 use layers::Layers;
 use options::Wishes;
@@ -118,6 +119,16 @@ impl GraphDriver for DeviceMapper {
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
         self.layers.reclaim(known)
     }
+
+    fn native_diff(&self) -> Option<&dyn NativeDiff> {
+        Some(self)
+    }
+}
+
+impl NativeDiff for DeviceMapper {
+    fn narrow(&self, id: LayerId, _parents: &[LayerId]) -> Result<Box<dyn Narrow + '_>> {
+        self.layers.narrow(id).doing(|| format!("finding out what changed in layer {id}"))
+    }
 }
 
 /// A moment between two things that a crash can part. Tests crash here.
@@ -127,35 +138,7 @@ fn step() -> Result<()> {
 }
 
 #[cfg(test)]
-pub(crate) use crash::step;
+use tests::step;
 
-/// A crash for tests: after a number of steps nothing is done any more by this thread.
 #[cfg(test)]
-pub(crate) mod crash {
-    use graphdriver_core::{Error, ErrorKind, Result};
-    use std::cell::Cell;
-
-    thread_local! {
-        static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
-    }
-
-    pub(crate) fn step() -> Result<()> {
-        match LEFT.get() {
-            None => Ok(()),
-            Some(0) => Err(Error::new(ErrorKind::Io, "crashed")),
-            Some(left) => {
-                LEFT.set(Some(left - 1));
-                Ok(())
-            }
-        }
-    }
-
-    /// What `run` gives if the world ends after so many steps; None if it did not come to that.
-    pub(crate) fn after<T>(steps: u64, run: impl FnOnce() -> T) -> Option<T> {
-        LEFT.set(Some(steps));
-        let done = run();
-        let crashed = LEFT.get() == Some(0);
-        LEFT.set(None);
-        (!crashed).then_some(done)
-    }
-}
+mod tests;

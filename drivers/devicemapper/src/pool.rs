@@ -272,7 +272,7 @@ impl Turn<'_> {
         let percent = self.pool.wishes.min_free;
         for (what, used, unit) in [("data", status.data, self.state.block), ("metadata", status.metadata, 4096)] {
             if used.is_short_of(percent) {
-                let free = used.total.saturating_sub(used.used) * unit >> 20;
+                let free = (used.total.saturating_sub(used.used) * unit) >> 20;
                 let why = format!(
                     "the pool's {what} are {}% full, {free} MiB are free, and dm.min_free_space wants {percent}%",
                     used.percent()

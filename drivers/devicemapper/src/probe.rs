@@ -41,7 +41,7 @@ pub(crate) fn capabilities(block: u64) -> Capabilities {
         write_strategy: WriteStrategy::BlockCopyOnWrite { block },
         quota: true,
         inode_quota: false,
-        native_diff: false,
+        native_diff: true,
         idmapped_mounts: true,
         independent_layers: false,
         max_depth: MAX_PARENTS,

@@ -47,6 +47,11 @@ impl Subject for OnPool {
         }))
     }
 
+    /// xfs clears 2 MiB of its log at each mount.
+    fn overhead(&self) -> u64 {
+        3 << 20
+    }
+
     fn least_size(&self) -> u64 {
         common::BASE_SIZE
     }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
-use graphdriver_core::{GraphDriver, Options, Result};
+use graphdriver_core::{Options, Result};
 use graphdriver_devicemapper::DeviceMapper;
 use std::{
     path::{Path, PathBuf},
