@@ -14,6 +14,8 @@ fn factories() -> Vec<DriverFactory> {
         graphdriver_overlay2::FACTORY,
         #[cfg(feature = "btrfs")]
         graphdriver_btrfs::FACTORY,
+        #[cfg(feature = "devicemapper")]
+        graphdriver_devicemapper::FACTORY,
         #[cfg(feature = "vfs-fuse")]
         graphdriver_vfs_fuse::FACTORY,
     ]
@@ -62,6 +64,10 @@ fn not_built(name: &str) -> Unmet {
         "btrfs" => (
             "not built into this graphdriver",
             "apt-get install libbtrfsutil-dev libclang-dev, then build with --features btrfs",
+        ),
+        "devicemapper" => (
+            "not built into this graphdriver",
+            "apt-get install libdevmapper-dev libclang-dev, then build with --features devicemapper",
         ),
         "vfs-fuse" => ("not built into this graphdriver", "build with --features vfs-fuse"),
         _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),

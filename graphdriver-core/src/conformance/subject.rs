@@ -35,6 +35,16 @@ pub trait Subject {
         true
     }
 
+    /// The smallest size limit a layer can have.
+    fn least_size(&self) -> u64 {
+        0
+    }
+
+    /// The most bytes that a filesystem of its own, with its log, adds to what is written to a layer.
+    fn overhead(&self) -> u64 {
+        0
+    }
+
     /// Shows the layer for as long as `run` takes.
     fn with_tree(&self, id: LayerId, parents: &[LayerId], access: Access, run: Visit<'_>) -> Result<()> {
         run(&mut DirTree::new(mounted(self.driver(), id, parents, access)?))
