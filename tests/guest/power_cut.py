@@ -1,6 +1,6 @@
 """The power cut: QEMU is killed in the middle of load, commit and remove, again and again on the same disks.
 
-power-cut-guest, in the guest, tells of each step before it begins and after its command has ended. What had ended is
+power-cut-guest (bash, in the guest) tells of each step before it begins and after its command has ended. What had ended is
 acknowledged: the next boot must find it, whole by digest, and what was removed must be gone. The one step that was cut may
 have happened or not. Nothing may leak either way: the storage holds exactly the layers that the store knows.
 
@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import pathlib
 import random
 import shlex
 import subprocess
@@ -23,7 +25,6 @@ import machine
 
 CUT_IN = ["load", "commit", "rm", "rmi", "create"]
 BOOT_AND_VERIFY_SECONDS = 600
-WORK_SECONDS = 300
 
 
 @dataclasses.dataclass
@@ -110,6 +111,7 @@ class Round:
                 self.have[kind, name] = ("must", identity)
             case ["@verified", *what]:
                 self.verified = " ".join(what)
+            case ["@working"]:
                 # What was uncertain has been found, or found missing.
                 self.expected = dict(self.have)
             case ["@begin", step, name]:
@@ -162,7 +164,7 @@ def one_boot(guest, state, last):
         if state.cut_at and now >= state.cut_at:
             guest.kill()
             # What it had said before its end counts.
-            while data := machine.os.read(guest.output, 1 << 16):
+            while data := os.read(guest.output, 1 << 16):
                 state.write(data)
             return True
         if now > deadline:
@@ -211,7 +213,7 @@ def build():
     if built.returncode:
         sys.exit(built.returncode)
     messages = map(json.loads, built.stdout.splitlines())
-    return [machine.pathlib.Path(message["executable"]) for message in messages if message.get("executable")]
+    return [pathlib.Path(message["executable"]) for message in messages if message.get("executable")]
 
 
 def main(names, rounds):
