@@ -143,7 +143,7 @@ fn check_options(factory: &DriverFactory, options: &Options) -> Result<()> {
                 ErrorKind::InvalidInput,
                 format!("storage driver {} has no option {name:?}", factory.name),
             )
-            .hint(format!("it knows {}; `create` also takes size", known.join(", "))));
+            .hint(format!("it knows {}; `create` also takes size and inodes", known.join(", "))));
         }
     }
     Ok(())

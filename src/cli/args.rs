@@ -26,7 +26,7 @@ pub(crate) struct Global {
     /// The storage driver [default: the one with data under the root, else the first that works; see `drivers`]
     #[arg(long, short = 's', global = true, env = "GRAPHDRIVER_STORAGE_DRIVER", value_name = "NAME")]
     pub storage_driver: Option<String>,
-    /// An option of the storage driver, NAME=VALUE; for `create` also size=SIZE, the new container's limit
+    /// An option of the storage driver, NAME=VALUE; for `create` also size=SIZE and inodes=NUMBER, the new container's limits
     ///
     /// In the variable GRAPHDRIVER_STORAGE_OPTS several are separated by commas.
     #[arg(long, global = true, value_name = "K=V", action = clap::ArgAction::Append)]
@@ -43,7 +43,7 @@ pub(crate) struct Global {
 }
 
 impl Cli {
-    /// What flags and environment say to the settings. `size=` belongs to the container that `create` makes.
+    /// What flags and environment say to the settings. `size=` and `inodes=` belong to the container that `create` makes.
     pub fn given(&self) -> Given {
         let global = &self.global;
         let mut storage_opts = global.storage_opt.clone();
@@ -63,14 +63,14 @@ impl Cli {
         }
     }
 
-    /// The `size=` options.
+    /// The `size=` and `inodes=` options.
     pub fn layer_options(&self) -> Vec<String> {
         self.global.storage_opt.iter().filter(|o| is_layer_option(o)).cloned().collect()
     }
 }
 
 fn is_layer_option(option: &str) -> bool {
-    option.split('=').next() == Some("size")
+    matches!(option.split('=').next(), Some("size" | "inodes"))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -144,6 +144,8 @@ pub(crate) enum Command {
     Umount(UmountArgs),
     /// List what is mounted
     Mounts,
+    /// Show and change what containers may take on disk
+    Quota(QuotaArgs),
     /// Show what images and containers take on disk
     Df(DfArgs),
     /// Show what happened
@@ -373,6 +375,19 @@ pub(crate) struct UmountArgs {
     /// Directories, or names or ids of images or containers
     #[arg(required = true, value_name = "DIR|CONTAINER")]
     pub what: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuotaArgs {
+    /// Names or ids; all, if none is named
+    #[arg(value_name = "CONTAINER")]
+    pub containers: Vec<String>,
+    /// The most bytes each may take from now on, like 10G; none: as much as there is
+    #[arg(long, value_name = "SIZE", requires = "containers")]
+    pub size: Option<String>,
+    /// The most files, directories and all else; none: as many as there are
+    #[arg(long, value_name = "NUMBER", requires = "containers")]
+    pub inodes: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@ use super::{
     args::{CommitArgs, CpArgs, CreateArgs, ExportArgs, PsArgs, RmArgs},
     for_all, images,
     output::{self, Output},
-    times,
+    quota, times,
 };
 use graphdriver::{ContainerSummary, CopyOptions, CreateOptions, Engine, config, image::Reference};
 use graphdriver_core::{ByteSize, Context, LayerOptions, Result};
@@ -13,8 +13,12 @@ use std::io::Write;
 pub(crate) fn create(engine: &Engine, out: &Output, args: &CreateArgs) -> Result<()> {
     let mut layer = LayerOptions::default();
     for option in &args.layer_options {
-        let (_, size) = config::parse_option(option)?;
-        layer.size = Some(size.parse().doing(|| format!("reading the storage option {option:?}"))?);
+        let (name, value) = config::parse_option(option)?;
+        let doing = || format!("reading the storage option {option:?}");
+        match name.as_str() {
+            "inodes" => layer.inodes = Some(quota::number_of_inodes(&value).doing(doing)?),
+            _ => layer.size = Some(value.parse().doing(doing)?),
+        }
     }
     let options = CreateOptions { name: args.name.clone(), layer };
     let id = engine.create(&args.image, &options).doing(|| format!("creating a container from {}", args.image))?;

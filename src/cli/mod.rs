@@ -7,6 +7,7 @@ mod images;
 mod mounts;
 mod output;
 mod progress;
+mod quota;
 mod system;
 mod times;
 
@@ -103,6 +104,7 @@ fn dispatch(engine: &Engine, out: &Output, command: Command) -> Result<()> {
         Command::Mount(args) => mounts::mount(engine, out, &args),
         Command::Umount(args) => mounts::umount(engine, &args),
         Command::Mounts => mounts::list(engine, out),
+        Command::Quota(args) => quota::quota(engine, out, &args),
     }
 }
 

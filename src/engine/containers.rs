@@ -15,7 +15,7 @@ use std::path::PathBuf;
 pub struct CreateOptions {
     /// Its name; the beginning of its id if none is given.
     pub name: Option<String>,
-    /// What `--storage-opt size=` asks for.
+    /// What `--storage-opt size=` and `inodes=` ask for.
     pub layer: LayerOptions,
 }
 

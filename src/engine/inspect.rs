@@ -61,7 +61,7 @@ impl Engine {
 
     fn container_json(&self, row: &ContainerRow) -> Result<Value> {
         self.reconcile_mounts()?;
-        let layer = self.layers.get(row.layer)?;
+        let limits = self.layers.driver().limits(row.layer)?;
         let usage = self.layers.usage(row.layer)?;
         let mounts = self.layers.store().read(|db: &Connection| mounts::of_object(db, &row.id))?;
         let mounts: Vec<_> =
@@ -73,7 +73,8 @@ impl Engine {
             "Created": stamp(row.created),
             "SizeRw": usage.bytes,
             "InodesRw": usage.inodes,
-            "SizeLimit": layer.size_limit,
+            "SizeLimit": limits.size,
+            "InodeLimit": limits.inodes,
             "GraphDriver": self.driver_json(Some(row.layer), Access::ReadWrite)?,
             "Mounts": mounts,
         }))

@@ -11,6 +11,7 @@ mod info;
 mod inspect;
 mod load;
 mod mounts;
+mod quota;
 mod save;
 mod schema;
 mod sight;
@@ -24,6 +25,7 @@ pub use images::{HistoryEntry, ImageSummary, Removed};
 pub use info::Info;
 pub use load::Loaded;
 pub use mounts::{MountSummary, Mounted};
+pub use quota::{LimitChange, QuotaSummary};
 pub use space::{ContainerSpace, DiskUsage, ImageSpace};
 
 use crate::{

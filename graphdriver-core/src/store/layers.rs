@@ -7,8 +7,8 @@ use super::{
     unpoisoned,
 };
 use crate::{
-    Access, ChainId, Context, DiffDir, DiffId, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Mount, Reclaimed,
-    Result, Usage,
+    Access, ChainId, Context, DiffDir, DiffId, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Mount,
+    Reclaimed, Result, Usage,
 };
 use rusqlite::Transaction;
 use serde::Serialize;
@@ -174,6 +174,25 @@ impl Layers {
             Some(usage) => Ok(usage),
             None => self.driver.usage(id).doing(|| format!("measuring layer {id}")),
         }
+    }
+
+    /// Changes what an active layer, perhaps mounted, may take at the most. `also` changes what belongs to it in the same
+    /// transaction, after the driver enforces the new limits.
+    pub fn set_limits(
+        &self,
+        id: LayerId,
+        limits: Limits,
+        also: impl FnOnce(&Transaction<'_>) -> Result<()>,
+    ) -> Result<()> {
+        // After a crash the next one looks for what is left of it.
+        self.session()?;
+        tracing::debug!(layer = %id, ?limits, "limiting");
+        self.store.read(|conn| rows::row(conn, id).and_then(|(layer, op)| may_be_written(&layer, op)))?;
+        self.driver.set_limits(id, limits)?;
+        self.store.write(|tx| {
+            rows::set_size_limit(tx, id, limits.size)?;
+            also(tx)
+        })
     }
 
     /// Freezes an active layer in place. When this returns, it survives a power cut. `also` changes what belongs to it

@@ -282,6 +282,11 @@ pub(super) fn set_parent(tx: &Transaction<'_>, id: LayerId, parent: LayerId) -> 
     Ok(())
 }
 
+pub(super) fn set_size_limit(tx: &Transaction<'_>, id: LayerId, limit: Option<ByteSize>) -> Result<()> {
+    tx.prepare_cached("UPDATE layers SET size_limit = ?2 WHERE id = ?1")?.execute(params![id, limit])?;
+    Ok(())
+}
+
 /// The layer is committed from now on.
 pub(super) fn freeze(tx: &Transaction<'_>, id: LayerId, info: &super::CommitInfo, usage: Usage) -> Result<()> {
     let sql = "UPDATE layers SET kind = 'committed', diff_id = ?2, tar_size = ?3, usage_bytes = ?4, usage_inodes = ?5

@@ -168,7 +168,10 @@ impl ProjectQuota {
         let mut found = Vec::new();
         let mut from = 1;
         while let Some((project, state)) = self.kernel.next(from)? {
-            found.push((project, state));
+            // What had something once may still be listed.
+            if state != State::default() {
+                found.push((project, state));
+            }
             let Some(next) = project.checked_add(1) else { break };
             from = next;
         }
@@ -252,5 +255,7 @@ fn numbers(text: &str) -> impl Iterator<Item = u32> {
     numbers.into_iter()
 }
 
+#[cfg(test)]
+mod real;
 #[cfg(test)]
 mod tests;

@@ -57,6 +57,11 @@ impl Filesystem {
     }
 }
 
+#[cfg(test)]
+pub(super) fn fstype(dir: &Path) -> String {
+    Filesystem::of(dir).expect("it is mounted").fstype
+}
+
 /// Tries it out with `scratch`, an empty directory of the caller's own on that filesystem, which is put into `project` and
 /// out of it again. Fails with `Unsupported`, and says what exactly is missing and what brings it.
 pub fn probe(scratch: &Path, project: u32) -> Result<()> {
