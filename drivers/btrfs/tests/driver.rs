@@ -47,6 +47,8 @@ fn changes(rig: &Rig, id: u64, parent: u64) -> Vec<String> {
         } else {
             walk::changes(Some(&lower), &upper, None, &mut visit).unwrap();
         }
+        // Whatever is done in the root changes its time.
+        list.retain(|change| !change.path.as_os_str().is_empty());
         list.iter().map(|change| format!("{} /{}", letter(change.kind), change.path.display())).collect::<Vec<_>>()
     };
     assert_eq!(list(true), list(false));
