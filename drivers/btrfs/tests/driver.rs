@@ -147,6 +147,24 @@ fn what_a_crash_left_of_making_directories_is_removed() {
 }
 
 #[test]
+fn a_commit_whose_copies_do_not_fit_leaves_the_layer_as_it_was() {
+    needs!("a_commit_whose_copies_do_not_fit_leaves_the_layer_as_it_was");
+    let rig = Rig::with(SIMPLE);
+    let limited = LayerOptions { size: Some(ByteSize(5_000_000)), inodes: None, durable: true };
+    rig.driver.create(layer(1), &[], &limited).unwrap();
+    let rw = rig.view(1, Access::ReadWrite);
+    subvolume(&rw.join("sub"));
+    fs::write(rw.join("sub/big"), vec![7; 10_000_000]).unwrap();
+    assert_eq!(rig.driver.commit(layer(1)).unwrap_err().kind(), ErrorKind::QuotaExceeded);
+    assert_eq!((common::names(&rw.join("")), common::names(&rig.home.join("flat"))), (vec!["sub".to_owned()], vec![]));
+    assert_eq!(fs::read(rw.join("sub/big")).unwrap(), vec![7; 10_000_000]);
+    rig.driver.set_limits(layer(1), Limits::default()).unwrap();
+    rig.driver.commit(layer(1)).unwrap();
+    assert_eq!(rig.subvolumes(), ["1"]);
+    assert_eq!(fs::read(rw.join("sub/big")).unwrap(), vec![7; 10_000_000]);
+}
+
+#[test]
 fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
     needs!("limits_are_set_changed_taken_away_and_gone_with_the_layer");
     const MIB: u64 = 1 << 20;
