@@ -197,3 +197,33 @@ fn what_cannot_be_done_is_said_with_what_is_missing() {
     assert_eq!(elsewhere["Usable"], false, "{elsewhere}");
     assert!(elsewhere["Unmet"]["remedy"].as_str().unwrap().contains("mkfs.btrfs"), "{elsewhere}");
 }
+
+/// The disk is copied right after a command has said it was done: all that had been written down by then.
+#[test]
+fn what_was_done_survives_a_power_cut() {
+    needs!("what_was_done_survives_a_power_cut");
+    let rig = Rig::new();
+    std::fs::write(rig.0.path().join("deep.tar"), deep()).unwrap();
+    let told = rig.gd(
+        "cut() { cp --sparse=always disk $1.cut; }
+        after() {
+            mount -o loop $1.cut root; rm root/btrfs/boot; graphdriver images -q >/dev/null
+            layers=$(ls root/btrfs/data/layers | wc -l); test $layers = $2 || echo $1: $layers layers
+        }
+        whole() { graphdriver save -o $2.tar $1; graphdriver save -o again.tar $1; cmp $2.tar again.tar; }
+        graphdriver --storage-opt btrfs.quota=simple load -qi deep.tar >/dev/null; cut loaded
+        graphdriver create --name c --storage-opt size=30M deep:1 >/dev/null; cut created
+        graphdriver mount c m >/dev/null; echo new > m/new; btrfs subvolume create m/nested >/dev/null; echo in > m/nested/f
+        graphdriver umount m; graphdriver commit c new:1 >/dev/null; cut committed
+        graphdriver rm c >/dev/null; graphdriver rmi new:1 >/dev/null; cut removed; graphdriver rmi deep:1 >/dev/null
+        umount root
+        after loaded 16; whole deep:1 loaded; umount root
+        after created 17; graphdriver diff c; graphdriver mount c m >/dev/null; head -c 40M /dev/zero > m/big 2>err || cat err
+        graphdriver umount m; umount root
+        after committed 18; graphdriver mount new:1 n >/dev/null; cat n/new n/nested/f; graphdriver umount n
+        whole new:1 new; umount root
+        after removed 16; whole deep:1 removed; cmp loaded.tar removed.tar
+        graphdriver rmi deep:1 >/dev/null; left",
+    );
+    assert_eq!(told, "head: error writing 'standard output': Disk quota exceeded\nnew\nin\n");
+}

@@ -7,7 +7,7 @@
 //! `HOME/flat/ID`, locked while this goes on, holds that name, so that what a crash left of it can be removed.
 
 use crate::subvolume::{self, Nested};
-use graphdriver_core::{Context, Error, Result, Root, tar};
+use graphdriver_core::{Context, Error, ErrorKind, Result, Root, tar};
 use rustix::{
     fs::{self, AtFlags, FlockOperation, Mode, RenameFlags, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
@@ -31,11 +31,14 @@ pub(crate) fn flatten(layer: &Root, intent: &Path, doomed: &mut dyn FnMut(&[u64]
     let mut file = File::create(intent).doing(|| format!("writing {}", intent.display()))?;
     fs::flock(&file, FlockOperation::LockExclusive)?;
     file.write_all(temporary.as_bytes()).and_then(|()| file.sync_all()).doing(|| "noting what is about to be done")?;
-    for subvolume in &nested {
+    let replaced = nested.iter().try_for_each(|subvolume| {
         replace(layer, subvolume, &temporary, doomed)
-            .doing(|| format!("making a directory of nested subvolume {:?}", subvolume.path))?;
-    }
-    std::fs::remove_file(intent).doing(|| format!("removing {}", intent.display()))
+            .doing(|| format!("making a directory of nested subvolume {:?}", subvolume.path))
+    });
+    drop(file);
+    // Also finishes it: then there is nothing left to remove but the file.
+    let undone = undo(Some(layer), intent, doomed);
+    replaced.and(undone)
 }
 
 /// Removes what a crash left of it, if `intent` is there and nobody holds it. Without a layer there is only the file.
@@ -83,7 +86,11 @@ fn copy(from: &Root, to: &Root) -> Result<()> {
         let packing = scope.spawn(move || tar::tree_tar(from, io::BufWriter::new(writer))?.flush().doing(|| "copying"));
         let unpacked = tar::extract(&mut reader, to, false, &mut |_| {});
         drop(reader);
-        packing.join().expect("it does not panic").and(unpacked)
+        match (packing.join().expect("it does not panic"), unpacked) {
+            // Whoever fails first ends the other's pipe: the one that was cut off is not the cause.
+            (Err(packed), Err(unpacked)) if unpacked.kind() == ErrorKind::Corrupt => Err(packed),
+            (packed, unpacked) => unpacked.and(packed),
+        }
     })?;
     let root = graphdriver_core::root::inode_at(from.as_fd(), OsStr::new(""))?.meta;
     let owner = (fs::Uid::from_raw(root.uid), fs::Gid::from_raw(root.gid));
