@@ -14,6 +14,8 @@ fn factories() -> Vec<DriverFactory> {
         graphdriver_overlay2::FACTORY,
         #[cfg(feature = "vfs-fuse")]
         graphdriver_vfs_fuse::FACTORY,
+        #[cfg(feature = "zfs")]
+        graphdriver_zfs::FACTORY,
     ]
 }
 
@@ -58,6 +60,7 @@ fn not_built(name: &str) -> Unmet {
     let (missing, remedy) = match name {
         "overlay2" => ("not built into this graphdriver", "build with --features overlay2"),
         "vfs-fuse" => ("not built into this graphdriver", "build with --features vfs-fuse"),
+        "zfs" => ("not built into this graphdriver", "build with --features zfs"),
         _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),
     };
     Unmet { missing: missing.into(), remedy: remedy.into() }
@@ -153,6 +156,7 @@ mod tests {
         let no = |name| choose(dir.path(), Some(name), &Options::default()).unwrap_err();
         assert_eq!(no("aufs").kind(), ErrorKind::InvalidInput);
         assert!(no("aufs").to_string().contains("known are overlay2, btrfs"));
+        #[cfg(not(feature = "zfs"))]
         assert_eq!(no("zfs").kind(), ErrorKind::Unsupported);
     }
 
