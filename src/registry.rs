@@ -12,6 +12,10 @@ fn factories() -> Vec<DriverFactory> {
     vec![
         #[cfg(feature = "overlay2")]
         graphdriver_overlay2::FACTORY,
+        #[cfg(feature = "btrfs")]
+        graphdriver_btrfs::FACTORY,
+        #[cfg(feature = "devicemapper")]
+        graphdriver_devicemapper::FACTORY,
         #[cfg(feature = "vfs-fuse")]
         graphdriver_vfs_fuse::FACTORY,
         #[cfg(feature = "zfs")]
@@ -59,6 +63,14 @@ fn status(name: &str, root: &Path) -> DriverStatus {
 fn not_built(name: &str) -> Unmet {
     let (missing, remedy) = match name {
         "overlay2" => ("not built into this graphdriver", "build with --features overlay2"),
+        "btrfs" => (
+            "not built into this graphdriver",
+            "apt-get install libbtrfsutil-dev libclang-dev, then build with --features btrfs",
+        ),
+        "devicemapper" => (
+            "not built into this graphdriver",
+            "apt-get install libdevmapper-dev libclang-dev, then build with --features devicemapper",
+        ),
         "vfs-fuse" => ("not built into this graphdriver", "build with --features vfs-fuse"),
         "zfs" => ("not built into this graphdriver", "build with --features zfs"),
         _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),

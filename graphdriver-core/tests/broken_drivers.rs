@@ -1,8 +1,8 @@
 //! The suite can fail: drivers that break one promise each, and the cases that must notice.
 
 use graphdriver_core::{
-    Access, Capabilities, Change, ChangeKind, FileKind, GraphDriver, LayerId, LayerOptions, Mount, Reclaimed, Result,
-    Usage,
+    Access, Capabilities, Change, ChangeKind, FileKind, GraphDriver, LayerId, LayerOptions, Limits, Mount, Reclaimed,
+    Result, Usage,
     conformance::{Setup, Subject, Visit, cases, run_case},
     model::{ModelDriver, Op, Tree},
 };
@@ -22,6 +22,7 @@ enum Fault {
     ListsOnlyTopLevel,
     IgnoresSizes,
     ClaimsQuota,
+    KeepsLimits,
     CommitForgets,
     CommitDoesNotFreeze,
     RemoveFailsTheSecondTime,
@@ -58,7 +59,24 @@ const MUST_NOTICE: &[(Fault, &[&str])] = &[
     ),
     (Fault::ListsOnlyTopLevel, &["the_change_list_is_exactly_this", "a_file_is_renamed_within_and_across_directories"]),
     (Fault::IgnoresSizes, &["a_size_that_cannot_be_enforced_is_refused"]),
-    (Fault::ClaimsQuota, &["what_fits_the_size_is_written_and_more_is_refused", "a_full_layer_breaks_nothing_else"]),
+    (
+        Fault::ClaimsQuota,
+        &[
+            "what_fits_the_size_is_written_and_more_is_refused",
+            "a_full_layer_breaks_nothing_else",
+            "inodes_are_limited",
+        ],
+    ),
+    (
+        Fault::KeepsLimits,
+        &[
+            "a_limit_is_read_raised_and_lifted_on_an_existing_layer",
+            "a_limit_below_what_is_taken_lets_nothing_more_in_and_loses_nothing",
+            "limits_are_there_after_opening_again",
+            "a_layer_without_a_limit_gets_one_while_it_holds_files",
+            "inodes_are_limited",
+        ],
+    ),
     (Fault::CommitForgets, &["commit_can_be_repeated", "layers_are_there_after_opening_again"]),
     (Fault::CommitDoesNotFreeze, &["a_committed_layer_cannot_be_mounted_for_writing"]),
     (Fault::RemoveFailsTheSecondTime, &["remove_can_be_repeated"]),
@@ -185,6 +203,14 @@ impl GraphDriver for Broken {
 
     fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
         self.model.mount(id, parents, access)
+    }
+
+    fn limits(&self, id: LayerId) -> Result<Limits> {
+        self.model.limits(id)
+    }
+
+    fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
+        if self.fault == Fault::KeepsLimits { Ok(()) } else { self.model.set_limits(id, limits) }
     }
 
     fn usage(&self, id: LayerId) -> Result<Usage> {

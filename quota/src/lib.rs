@@ -1,6 +1,13 @@
 //! Limits on how much a directory tree may take: project quotas of xfs and ext4, btrfs qgroups and zfs refquota with one
 //! face, [`Quota`].
 
+mod layers;
+pub mod project;
+mod sys;
+
+pub use layers::{LayerQuota, Wishes};
+#[cfg(feature = "btrfs")]
+pub mod qgroup;
 pub mod refquota;
 
 use graphdriver_core::{Limits, Result, Usage};

@@ -8,6 +8,7 @@
 //! HOME/ID/diff/       the layer's own changes, in overlayfs's format
 //! HOME/ID/work/       overlayfs's work directory; committed layers have none
 //! HOME/ID/volatile    there while a volatile mount may have unwritten data: the kernel's boot identifier
+//! HOME/projects       the project of each layer with limits: [`graphdriver_quota::project::ledger`]
 //! HOME/new-ID/        a layer being created
 //! HOME/removed-ID/    a layer being removed
 //! HOME/.graphdriver-probe-*/  where features are tried out
@@ -39,10 +40,11 @@ mod sys;
 
 use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,
-    LayerId, LayerOptions, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
+    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
     WriteStrategy,
-    overlay_home::{self, Home},
+    overlay_home::{self, Home, Trial},
 };
+use graphdriver_quota::LayerQuota;
 use options::Wishes;
 use probe::Support;
 use recipe::{ALWAYS_OFF, recipe};
@@ -59,7 +61,8 @@ pub const FACTORY: DriverFactory = DriverFactory {
         let support = probe::probe(home)?;
         let record = Record::load(home).map_err(|e| unmet(&e))?;
         choose(&wishes, &support, record).map_err(|e| unmet(&e))?;
-        Ok(capabilities(&support))
+        let quota = open_quota(home, &wishes).map_err(|e| unmet(&e))?;
+        Ok(capabilities(&support, &quota))
     },
     open: |home, options| Ok(Box::new(Overlay2::open(home, options)?)),
 };
@@ -82,6 +85,7 @@ pub struct Overlay2 {
     support: Support,
     uses: Record,
     volatile: bool,
+    quota: LayerQuota,
     capabilities: Capabilities,
 }
 
@@ -105,8 +109,10 @@ impl Overlay2 {
         if record != Some(uses) {
             uses.save(home)?;
         }
-        let capabilities = capabilities(&support);
-        Ok(Overlay2 { home: Home::open(home, uses.xattrs)?, support, uses, volatile: wishes.volatile, capabilities })
+        let quota = open_quota(home, &wishes)?;
+        let capabilities = capabilities(&support, &quota);
+        let home = Home::open(home, uses.xattrs)?;
+        Ok(Overlay2 { home, support, uses, volatile: wishes.volatile, quota, capabilities })
     }
 
     /// What every mount has to say so that all layers are shown right.
@@ -142,6 +148,7 @@ impl Overlay2 {
             chain.push(self.home.empty());
         }
         let work = self.home.work(id)?;
+        self.quota.prepare(id)?;
         self.home.settle(id)?;
         let mut options = self.reading_options();
         if self.volatile {
@@ -152,12 +159,18 @@ impl Overlay2 {
     }
 }
 
-fn capabilities(support: &Support) -> Capabilities {
+/// Whether layers can be limited where `home` is or would be.
+fn open_quota(home: &Path, wishes: &Wishes) -> Result<LayerQuota> {
+    let scratch = Trial::new(&overlay_home::nearest_existing(home)?)?;
+    LayerQuota::open(home, scratch.path(), &wishes.quota, FACTORY.name)
+}
+
+fn capabilities(support: &Support, quota: &LayerQuota) -> Capabilities {
     let unit = if support.reflink { CopyUnit::Reflink } else { CopyUnit::File };
     Capabilities {
         write_strategy: WriteStrategy::CopyUp { unit },
-        quota: false,
-        inode_quota: false,
+        quota: quota.works(),
+        inode_quota: quota.works(),
         native_diff: true,
         idmapped_mounts: support.idmapped,
         independent_layers: true,
@@ -195,14 +208,13 @@ impl GraphDriver for Overlay2 {
             ]
             .map(|(name, value)| (name.to_owned(), value.to_string())),
         );
+        lines.push(("Limits".to_owned(), self.quota.status()));
         lines
     }
 
     fn create(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()> {
         let create = || {
-            if options.size.is_some() {
-                return Err(overlay_home::no_quota());
-            }
+            let limits = self.quota.wanted(options)?;
             if parents.len() > self.capabilities.max_depth {
                 let why = format!(
                     "{} parents, and this kernel mounts at most {}",
@@ -211,7 +223,7 @@ impl GraphDriver for Overlay2 {
                 );
                 return Err(Error::new(ErrorKind::Unsupported, why));
             }
-            self.home.create(id, parents, options)
+            self.home.create(id, parents, options, |dir| self.quota.limit_new(id, dir, limits))
         };
         create().map_err(|e: Error| e.doing(format!("creating layer {id}")))
     }
@@ -228,6 +240,20 @@ impl GraphDriver for Overlay2 {
         recipe.map(|mount| vec![mount]).map_err(|e| e.doing(format!("describing the mount of layer {id}")))
     }
 
+    fn limits(&self, id: LayerId) -> Result<Limits> {
+        self.home.open_diff(id)?;
+        self.quota.limits(id)
+    }
+
+    fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
+        let set = || {
+            self.home.open_diff(id)?;
+            self.home.work(id)?;
+            self.quota.set_limits(id, &self.home.layer(id), limits)
+        };
+        set().map_err(|e: Error| e.doing(format!("limiting layer {id}")))
+    }
+
     /// Flushes what a volatile mount left in the cache.
     fn release(&self, id: LayerId) -> Result<()> {
         self.home.settle(id).doing(|| format!("releasing layer {id}"))
@@ -238,11 +264,14 @@ impl GraphDriver for Overlay2 {
     }
 
     fn remove(&self, id: LayerId) -> Result<()> {
-        self.home.remove(id).doing(|| format!("removing layer {id}"))
+        let removed = self.home.remove(id).and_then(|()| self.quota.removed(id));
+        removed.doing(|| format!("removing layer {id}"))
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
-        self.home.reclaim(known)
+        let freed = self.home.reclaim(known)?;
+        self.quota.reclaim(self.home.path(), known)?;
+        Ok(freed)
     }
 
     fn diff_dir(&self, id: LayerId) -> Option<DiffDir> {

@@ -1,11 +1,16 @@
 //! What users can choose.
 
 use graphdriver_core::{Error, ErrorKind, OptionSpec, Options, Result};
+use graphdriver_quota as quota;
 
 pub(crate) const SPECS: &[OptionSpec] = &[
     OptionSpec {
         name: "overlay2.size",
-        help: "the most each writable layer may take; needs project quotas (not built yet: refused)",
+        help: "the most each container's writable layer may take, such as 10G; needs project quotas: xfs mounted with pquota, or ext4 with prjquota; default: no limit",
+    },
+    OptionSpec {
+        name: "overlay2.quota_projects",
+        help: "FIRST-LAST: the numbers that limited layers get as projects; default: 1900000000-1999999999",
     },
     OptionSpec {
         name: "overlay2.redirect_dir",
@@ -22,22 +27,21 @@ pub(crate) const SPECS: &[OptionSpec] = &[
 ];
 
 /// The options, checked. None: as it works best here.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Wishes {
     pub redirect_dir: Option<bool>,
     pub metacopy: Option<bool>,
     pub volatile: bool,
+    pub quota: quota::Wishes,
 }
 
 impl Wishes {
     pub(crate) fn parse(options: &Options) -> Result<Self> {
-        if options.get("overlay2.size").is_some() {
-            return Err(graphdriver_core::overlay_home::no_quota().doing("option overlay2.size"));
-        }
         let wishes = Wishes {
             redirect_dir: options.switch("overlay2.redirect_dir")?,
             metacopy: options.switch("overlay2.metacopy")?,
             volatile: options.switch("overlay2.volatile")?.unwrap_or(false),
+            quota: quota::Wishes::parse(options, "overlay2")?,
         };
         if wishes.metacopy == Some(true) && wishes.redirect_dir == Some(false) {
             let why = "overlay2.metacopy=on needs overlay2.redirect_dir=on";
@@ -59,7 +63,10 @@ mod tests {
     fn switches_are_on_or_off_and_the_rest_is_refused_with_what_is_allowed() {
         assert_eq!(parse(&[]).unwrap(), Wishes::default());
         let all = parse(&[("overlay2.redirect_dir", "on"), ("overlay2.metacopy", "off"), ("overlay2.volatile", "on")]);
-        assert_eq!(all.unwrap(), Wishes { redirect_dir: Some(true), metacopy: Some(false), volatile: true });
+        assert_eq!(
+            all.unwrap(),
+            Wishes { redirect_dir: Some(true), metacopy: Some(false), volatile: true, ..Wishes::default() }
+        );
         for name in ["overlay2.redirect_dir", "overlay2.metacopy", "overlay2.volatile"] {
             for value in ["", "1", "true", "ON"] {
                 let e = parse(&[(name, value)]).unwrap_err();
@@ -72,9 +79,9 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_refused_with_the_reason() {
-        let e = parse(&[("overlay2.size", "10G")]).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported);
-        assert!(e.to_string().contains("quota"), "{e}");
+    fn a_size_is_read() {
+        assert_eq!(parse(&[("overlay2.size", "10G")]).unwrap().quota.size, Some(graphdriver_core::ByteSize(10 << 30)));
+        let e = parse(&[("overlay2.size", "much")]).unwrap_err();
+        assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("overlay2.size"), "{e}");
     }
 }

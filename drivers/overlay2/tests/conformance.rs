@@ -11,6 +11,9 @@ fn main() -> ExitCode {
     let mut setups: Vec<_> = BackingKind::ALL.map(|backing| setup("", backing, &[])).into();
     setups.push(setup("without_redirects::", BackingKind::Ext4, &[("overlay2.redirect_dir", "off")]));
     setups.push(setup("volatile::", BackingKind::Ext4, &[("overlay2.volatile", "on")]));
+    // Nothing but limits depends on whether the filesystem has quotas, but files that belong to projects do.
+    let with_quotas = [BackingKind::Ext4Prjquota, BackingKind::XfsPquota];
+    setups.extend(with_quotas.map(|backing| setup("", backing, &[])));
     conformance::main(setups)
 }
 

@@ -42,6 +42,11 @@ pub fn claim(upper: &Path, patience: Duration) -> Result<OwnedFd> {
     }
 }
 
+/// The upper and the work directory, as whoever writes to the layer needs them.
+pub fn claim_both(upper: &Path, work: &Path) -> Result<[OwnedFd; 2]> {
+    Ok([claim(upper, PATIENCE)?, claim(work, PATIENCE)?])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -52,6 +52,17 @@ pub struct Config {
     pub threads: Option<usize>,
 }
 
+impl Config {
+    /// Whether the layers' marks are `trusted.` xattrs where there is no upper layer to try it on. Others count for
+    /// nothing then: users may set them.
+    pub fn sees_trusted(&self) -> bool {
+        use rustix::thread::{CapabilitySet, capabilities};
+        let privileged = capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
+        let initial = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|m| m.trim_end().ends_with("4294967295"));
+        !self.user_xattrs && privileged && initial
+    }
+}
+
 /// Ranges of ids, as `uidmapping=DISK:SHOWN:COUNT[:DISK:SHOWN:COUNT…]` has them. Empty: ids are shown as they are. An id
 /// no range has is shown as the overflow id and cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

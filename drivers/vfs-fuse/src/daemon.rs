@@ -12,6 +12,7 @@ use rustix::{
     fs::{Mode, fstat, major, minor, stat},
     mount::{UnmountFlags, unmount},
     process::{Resource, Rlimit, WaitOptions, getrlimit, setrlimit, setsid, umask, wait},
+    thread::{CapabilitySet, capabilities, set_capabilities},
 };
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
@@ -39,12 +40,16 @@ pub fn mount(parsed: Parsed, mountpoint: &Path, foreground: bool) -> Result<Exit
     umask(Mode::empty());
     raise_file_limit().doing(|| "raising the limit of open files")?;
     if foreground {
+        keep_to_limits()?;
         serve(config, &parsed.mount, place, || Ok(()))?;
         return Ok(ExitCode::SUCCESS);
     }
     let (reader, writer) = std::io::pipe().doing(|| "making a pipe for the daemon")?;
     if sys::fork().doing(|| "starting the daemon")? {
         drop(reader);
+        // Killed for its memory the daemon would free little and take all that run on its mount with it. Not everybody may.
+        let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+        keep_to_limits()?;
         serve(config, &parsed.mount, place, || detach(writer))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -93,6 +98,16 @@ fn fuse_device(number: i32) -> Result<OwnedFd> {
 fn raise_file_limit() -> rustix::io::Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+}
+
+/// Gives up the capability that lets its owner exceed quotas and take what ext4 holds back for root: those who write to the
+/// mount would have it, as the daemon writes for them. It is a thread's own, so this comes before there are others.
+fn keep_to_limits() -> Result<()> {
+    let mut own = capabilities(None).doing(|| "reading the capabilities")?;
+    own.effective.remove(CapabilitySet::SYS_RESOURCE);
+    own.permitted.remove(CapabilitySet::SYS_RESOURCE);
+    own.inheritable.remove(CapabilitySet::SYS_RESOURCE);
+    set_capabilities(None, own).doing(|| "giving up CAP_SYS_RESOURCE")
 }
 
 fn serve(config: Config, options: &MountOptions, place: Place, ready: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -158,8 +173,6 @@ impl Mounted {
 fn detach(mut ready: PipeWriter) -> Result<()> {
     setsid().doing(|| "starting a session")?;
     std::env::set_current_dir("/").doing(|| "changing to /")?;
-    // Killed for its memory the daemon would free little and take all that run on its mount with it. Not everybody may.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let null = File::options().read(true).write(true).open("/dev/null").doing(|| "opening /dev/null")?;
     rustix::stdio::dup2_stdin(&null).doing(|| "redirecting standard input")?;
     rustix::stdio::dup2_stdout(&null).doing(|| "redirecting standard output")?;

@@ -91,7 +91,8 @@ fn complete(parsed: options::Parsed) -> Result<ExitCode> {
         let error = Error::new(ErrorKind::InvalidInput, "--complete: no upperdir");
         return Err(error.hint("give the layer to complete, with the layers below it and its workdir"));
     };
-    let _claim = claim::claim(upper, claim::PATIENCE)?;
+    let work = config.work.as_deref().expect("options want both or none");
+    let _claims = claim::claim_both(upper, work)?;
     let done = extent::complete_layer(&config)?;
     println!("{} files completed, {} bytes copied", done.files, done.bytes);
     Ok(ExitCode::SUCCESS)

@@ -49,6 +49,8 @@ fn main() -> ExitCode {
         setup("page_cache::", ext4, &[("vfs-fuse.passthrough", "off"), ("vfs-fuse.volatile", "on")]),
     ];
     setups.extend(variants.map(|variant| variant.only(DATA)));
+    let with_quotas = [BackingKind::Ext4Prjquota, BackingKind::XfsPquota];
+    setups.extend(with_quotas.map(|backing| setup("", backing, &[])));
     conformance::main(setups)
 }
 

@@ -423,7 +423,8 @@ fn incomplete() -> (Layers, Vec<u8>) {
 fn the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed() {
     needs!("the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed");
     let (layers, expected) = incomplete();
-    let kernels: [&[&str]; 4] = [
+    let kernels: [&[&str]; 5] = [
+        &["userxattr"],
         &["metacopy=off", "redirect_dir=off"],
         &["metacopy=off", "redirect_dir=follow"],
         &["metacopy=on", "redirect_dir=on"],
@@ -445,11 +446,11 @@ fn the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed() {
     }
     fs::rename(layers.work.join("work/incompat"), layers.dir().join("incompat")).unwrap();
     let asked = kernels.iter().filter(|options| refused(&layers, options, "as the upper")).count();
-    assert!(asked >= 3, "only {asked} kinds of mounts could be tried");
+    assert!(asked >= 4, "only {asked} kinds of mounts could be tried");
     fs::rename(layers.dir().join("incompat"), layers.work.join("work/incompat")).unwrap();
     let mut below = incomplete().0;
     below = push(below);
-    assert!(kernels.iter().filter(|options| refused(&below, options, "as a lower")).count() >= 3);
+    assert!(kernels.iter().filter(|options| refused(&below, options, "as a lower")).count() >= 4);
 
     assert!(fs::read(ours(&layers).path().join("dir/big")).unwrap() == expected, "mounted again");
     complete(&layers);

@@ -91,7 +91,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let unmounted = (0..50).any(|i| {
+        // Programs that other tests start hold copies of our descriptors for a moment.
+        let unmounted = (0..1000).any(|i| {
             std::thread::sleep(Duration::from_millis(u64::from(i > 0) * 20));
             self.unmounter.unmount().is_ok()
         });

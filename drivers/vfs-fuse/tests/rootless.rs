@@ -245,6 +245,20 @@ fn permissions_hold_without_privileges() {
     mounted.kill();
 }
 
+/// All names of a lower file are copied up together, and no directory that nobody here may read is in the way of that.
+#[test]
+fn closed_directories_keep_no_hard_links_from_being_changed() {
+    needs!("closed_directories_keep_no_hard_links_from_being_changed", "fusermount3");
+    for who in [Who::User, Who::OneId] {
+        let rig = Rig::new(
+            "echo x > one; ln one two; ln one gone; mkdir priv; chown 99:99 priv; chmod 700 priv; echo y > priv/f",
+        );
+        let change = "up; cd $M; chmod 600 one; rm gone; echo more >> two; cat one; down";
+        assert_eq!(rig.ok(who, change), "x\nmore\n");
+        assert_eq!(rig.ok(who, "up; cd $M; cat one; stat -c %a.%h two; down"), "x\nmore\n600.2\n", "{who:?}");
+    }
+}
+
 #[test]
 fn many_ids_are_the_ids_of_the_namespace() {
     needs!("many_ids_are_the_ids_of_the_namespace", "newuidmap");

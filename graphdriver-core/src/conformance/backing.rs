@@ -23,10 +23,14 @@ pub enum BackingKind {
     Btrfs,
     /// tmpfs.
     Tmpfs,
+    /// ext4 as above, with the features and the mount option that project quotas need.
+    Ext4Prjquota,
+    /// xfs as above, mounted with project quotas.
+    XfsPquota,
 }
 
 impl BackingKind {
-    /// All of them.
+    /// All that every kernel has. Few have project quotas.
     pub const ALL: [BackingKind; 4] = [BackingKind::Ext4, BackingKind::Xfs, BackingKind::Btrfs, BackingKind::Tmpfs];
 
     fn mkfs(self) -> Option<&'static [&'static str]> {
@@ -35,6 +39,26 @@ impl BackingKind {
             BackingKind::Xfs => Some(&["mkfs.xfs", "-q", "-f"]),
             BackingKind::Btrfs => Some(&["mkfs.btrfs", "-q", "-f"]),
             BackingKind::Tmpfs => None,
+            BackingKind::Ext4Prjquota => {
+                Some(&["mkfs.ext4", "-q", "-F", "-I", "256", "-O", "project,quota", "-E", "quotatype=prjquota"])
+            }
+            BackingKind::XfsPquota => Some(&["mkfs.xfs", "-q", "-f"]),
+        }
+    }
+
+    fn mount_options(self) -> &'static str {
+        match self {
+            BackingKind::Ext4Prjquota => "loop,prjquota",
+            BackingKind::XfsPquota => "loop,pquota",
+            _ => "loop",
+        }
+    }
+
+    /// Why there is none. What only the guest's kernel has is no failure elsewhere.
+    fn missing(self, e: Error) -> Missing {
+        match self {
+            BackingKind::Ext4Prjquota | BackingKind::XfsPquota => Missing::only_in_guest(e.to_string()),
+            _ => Missing::failed(e),
         }
     }
 }
@@ -46,6 +70,8 @@ impl fmt::Display for BackingKind {
             BackingKind::Xfs => "xfs",
             BackingKind::Btrfs => "btrfs",
             BackingKind::Tmpfs => "tmpfs",
+            BackingKind::Ext4Prjquota => "ext4-prjquota",
+            BackingKind::XfsPquota => "xfs-pquota",
         })
     }
 }
@@ -103,7 +129,7 @@ impl Backing {
             None => run(Command::new("mount")
                 .args(["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "tmpfs"])
                 .arg(dir.path())),
-            Some(mkfs) => mount_image(mkfs, dir.path(), size),
+            Some(mkfs) => mount_image(mkfs, kind.mount_options(), dir.path(), size),
         };
         mount.doing(|| format!("making a filesystem of type {kind} to test on"))?;
         Ok(Backing { kind, dir, homes: AtomicU64::new(0) })
@@ -111,13 +137,13 @@ impl Backing {
 
     /// The one of this kind that all cases share, made when the first one asks, gone with the last one.
     pub fn shared(kind: BackingKind) -> Result<Arc<Backing>, Missing> {
-        static SHARED: Mutex<[Weak<Backing>; 4]> = Mutex::new([Weak::new(), Weak::new(), Weak::new(), Weak::new()]);
+        static SHARED: Mutex<[Weak<Backing>; 6]> = Mutex::new([const { Weak::new() }; 6]);
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = &mut shared[kind as usize];
         if let Some(backing) = slot.upgrade() {
             return Ok(backing);
         }
-        let backing = Arc::new(Backing::new(kind, SIZE).map_err(Missing::failed)?);
+        let backing = Arc::new(Backing::new(kind, SIZE).map_err(|e| kind.missing(e))?);
         *slot = Arc::downgrade(&backing);
         Ok(backing)
     }
@@ -144,11 +170,11 @@ impl Drop for Backing {
     }
 }
 
-fn mount_image(mkfs: &[&str], target: &Path, size: u64) -> Result<()> {
+fn mount_image(mkfs: &[&str], options: &str, target: &Path, size: u64) -> Result<()> {
     let image = tempfile::NamedTempFile::new()?;
     File::set_len(image.as_file(), size)?;
     run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(image.path()))?;
-    run(Command::new("mount").args(["-o", "loop"]).arg(image.path()).arg(target))
+    run(Command::new("mount").args(["-o", options]).arg(image.path()).arg(target))
 }
 
 fn run(command: &mut Command) -> Result<()> {

@@ -35,6 +35,16 @@ pub trait Subject {
         true
     }
 
+    /// The smallest size limit a layer can have.
+    fn least_size(&self) -> u64 {
+        0
+    }
+
+    /// The most bytes that a filesystem of its own, with its log, adds to what is written to a layer.
+    fn overhead(&self) -> u64 {
+        0
+    }
+
     /// Shows the layer for as long as `run` takes.
     fn with_tree(&self, id: LayerId, parents: &[LayerId], access: Access, run: Visit<'_>) -> Result<()> {
         run(&mut DirTree::new(mounted(self.driver(), id, parents, access)?))
@@ -231,6 +241,15 @@ impl Drop for Home {
     fn drop(&mut self) {
         if let Err(e) = std::fs::remove_dir_all(&self.0) {
             eprintln!("leaving {} behind: {e}", self.0.display());
+        }
+    }
+}
+
+impl Drop for Mounting {
+    fn drop(&mut self) {
+        // What a driver has made may be more than directories, or such that others cannot remove.
+        if let Some(Err(e)) = self.driver.as_ref().map(|driver| driver.reclaim(&|_| false)) {
+            eprintln!("removing what the case has made: {e}");
         }
     }
 }

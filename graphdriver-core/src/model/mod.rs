@@ -19,7 +19,7 @@ pub use op::{ContentDigest, Node, Op, Snapshot, Tree};
 pub use tree::{HardLinks, MemTree};
 
 use crate::{
-    Access, ByteSize, Capabilities, CopyUnit, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Mount, Reclaimed,
+    Access, Capabilities, CopyUnit, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Mount, Reclaimed,
     Result, Usage, WriteStrategy, tar::Segment,
 };
 use rustix::io::Errno;
@@ -45,7 +45,7 @@ struct Layer {
     tree: MemTree,
     /// What it started as, to tell what is its own.
     base: Option<MemTree>,
-    size: Option<ByteSize>,
+    limits: Limits,
     committed: bool,
 }
 
@@ -56,12 +56,12 @@ impl Default for ModelDriver {
 }
 
 impl ModelDriver {
-    /// An empty one that enforces sizes and keeps hard links.
+    /// An empty one that enforces limits and keeps hard links.
     pub fn new() -> Self {
         let capabilities = Capabilities {
             write_strategy: WriteStrategy::CopyUp { unit: CopyUnit::File },
             quota: true,
-            inode_quota: false,
+            inode_quota: true,
             native_diff: false,
             idmapped_mounts: false,
             independent_layers: false,
@@ -70,10 +70,11 @@ impl ModelDriver {
         ModelDriver { layers: Arc::default(), capabilities, links: HardLinks::Kept }
     }
 
-    /// One that refuses sizes, as drivers on filesystems without quotas do.
+    /// One that refuses limits, as drivers on filesystems without quotas do.
     #[must_use]
     pub fn without_quota(mut self) -> Self {
         self.capabilities.quota = false;
+        self.capabilities.inode_quota = false;
         self
     }
 
@@ -115,8 +116,9 @@ impl GraphDriver for ModelDriver {
 
     fn create(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()> {
         let refuse = |kind, why: String| Err(Error::new(kind, why).doing(format!("creating layer {id}")));
-        if options.size.is_some() && !self.capabilities.quota {
-            return refuse(ErrorKind::Unsupported, "a size needs a model that enforces quotas".into());
+        let limits = Limits { size: options.size, inodes: options.inodes };
+        if limits != Limits::default() && !self.capabilities.quota {
+            return refuse(ErrorKind::Unsupported, "a limit needs a model that enforces quotas".into());
         }
         if parents.len() > self.capabilities.max_depth {
             return refuse(ErrorKind::Unsupported, format!("at most {} parents", self.capabilities.max_depth));
@@ -130,7 +132,7 @@ impl GraphDriver for ModelDriver {
         }
         let base = parents.first().map(|parent| layers[parent].tree.clone());
         let tree = base.as_ref().map_or_else(MemTree::new, |base| base.child(self.links));
-        layers.insert(id, Layer { tree, base, size: options.size, committed: false });
+        layers.insert(id, Layer { tree, base, limits, committed: false });
         Ok(())
     }
 
@@ -148,6 +150,19 @@ impl GraphDriver for ModelDriver {
         }
         let options = if access == Access::ReadOnly { vec!["ro".to_owned()] } else { Vec::new() };
         Ok(vec![Mount { fstype: "model".into(), source: id.to_string().into(), options }])
+    }
+
+    fn limits(&self, id: LayerId) -> Result<Limits> {
+        Ok(find(&mut self.lock(), id)?.limits)
+    }
+
+    fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
+        if limits != Limits::default() && !self.capabilities.quota {
+            let why = Error::new(ErrorKind::Unsupported, "a limit needs a model that enforces quotas");
+            return Err(why.doing(format!("limiting layer {id}")));
+        }
+        find(&mut self.lock(), id)?.limits = limits;
+        Ok(())
     }
 
     fn usage(&self, id: LayerId) -> Result<Usage> {
@@ -171,6 +186,11 @@ impl GraphDriver for ModelDriver {
         }
         Ok(freed)
     }
+}
+
+fn exceeds(limits: Limits, before: Usage, after: Usage) -> bool {
+    let over = |limit: Option<u64>, before, after| limit.is_some_and(|limit| after > limit && after > before);
+    over(limits.size.map(|size| size.0), before.bytes, after.bytes) || over(limits.inodes, before.inodes, after.inodes)
 }
 
 /// A layer's tree, as a mount of it would show it.
@@ -202,23 +222,24 @@ impl LayerTree {
         Ok(find(&mut self.driver.lock(), self.id)?.tree.clone())
     }
 
-    /// Changes the tree as a whole, under the layer's size limit.
+    /// Changes the tree as a whole, within the layer's limits: one that takes more already may still shrink.
     pub fn change<T, E: From<Errno>>(&mut self, change: impl FnOnce(&mut MemTree) -> Result<T, E>) -> Result<T, E> {
         let mut layers = self.driver.lock();
         let layer = find(&mut layers, self.id).map_err(|_| Errno::STALE)?;
         if layer.committed || self.access == Access::ReadOnly {
             return Err(Errno::ROFS.into());
         }
-        let before = layer.size.map(|_| layer.tree.clone());
-        let out = change(&mut layer.tree);
-        let used = layer.size.map(|_| layer.tree.own_usage(layer.base.as_ref()).bytes);
-        match (before, layer.size, used) {
-            (Some(before), Some(limit), Some(used)) if used > limit.0 => {
-                layer.tree = before;
-                Err(Errno::DQUOT.into())
-            }
-            _ => out,
+        if layer.limits == Limits::default() {
+            return change(&mut layer.tree);
         }
+        let before = layer.tree.clone();
+        let out = change(&mut layer.tree);
+        let used = |tree: &MemTree| tree.own_usage(layer.base.as_ref());
+        if exceeds(layer.limits, used(&before), used(&layer.tree)) {
+            layer.tree = before;
+            return Err(Errno::DQUOT.into());
+        }
+        out
     }
 }
 

@@ -44,7 +44,7 @@ impl FsContext {
         mount::fsconfig_set_string(&self.fd, key, value).or_else(|e| self.fail(e, what))
     }
 
-    /// Names a directory by descriptor. The errno is left raw: EINVAL is how a kernel says that it takes none.
+    /// Names a directory by descriptor. The errno is left raw: EINVAL or EBADF is how a kernel says that it takes none.
     pub(super) fn set_fd(&self, key: &str, value: BorrowedFd<'_>) -> io::Result<()> {
         mount::fsconfig_set_fd(&self.fd, key, value)
     }

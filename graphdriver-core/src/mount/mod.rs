@@ -26,32 +26,17 @@ use std::{
 ///
 /// A type `fuse.NAME` starts the program NAME ([`fuse_program`]), which serves the filesystem until its last mount is gone.
 ///
-/// A second step that makes the mount read-only, `bind,remount,ro`, is for filesystems whose superblock is writable while
-/// this mount of it is not (mount(2), `MS_REMOUNT | MS_BIND`). Any other recipe of several steps is refused as
-/// `Unsupported`: all would go to one target, where the last hides the others.
+/// Further steps may only be remounts, type `bind` with the option `remount`, which change attributes of the mount itself
+/// (`ro`, `nosuid`). Other recipes of several steps are refused as `Unsupported`: all would go to one target, where the last
+/// hides the others.
 pub fn detached(recipe: &[Mount]) -> Result<OwnedFd> {
-    match recipe {
-        [step] => first(step),
-        [step, then] if makes_read_only(then) => {
-            let mount = first(step)?;
-            sys::mount_setattr(mount.as_fd(), false, MountAttrFlags::MOUNT_ATTR_RDONLY, None)
-                .doing(|| format!("making the mount of {} read-only", step.source.display()))?;
-            Ok(mount)
-        }
+    let (step, remounts) = match recipe {
+        [step, rest @ ..] if rest.iter().all(is_remount) => (step, rest),
         _ => {
             let why = format!("a recipe of {} mounts, where exactly one can be carried out", recipe.len());
-            Err(Error::new(ErrorKind::Unsupported, why))
+            return Err(Error::new(ErrorKind::Unsupported, why));
         }
-    }
-}
-
-fn makes_read_only(step: &Mount) -> bool {
-    let mut options: Vec<&str> = step.options.iter().map(String::as_str).collect();
-    options.sort_unstable();
-    step.fstype == "bind" && options == ["bind", "remount", "ro"]
-}
-
-fn first(step: &Mount) -> Result<OwnedFd> {
+    };
     let made = match step.fstype.as_str() {
         "bind" => bind(step),
         "overlay" => overlay::mount(step),
@@ -60,7 +45,20 @@ fn first(step: &Mount) -> Result<OwnedFd> {
             None => generic(step),
         },
     };
-    made.map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
+    made.and_then(|mount| remounts.iter().try_for_each(|step| remount(&mount, step)).map(|()| mount))
+        .map_err(|e| with_privilege_hint(e).doing(format!("mounting {} {}", step.fstype, step.source.display())))
+}
+
+fn is_remount(step: &Mount) -> bool {
+    step.fstype == "bind" && step.options.iter().any(|option| option == "remount")
+}
+
+fn remount(mount: &OwnedFd, step: &Mount) -> Result<()> {
+    let (attrs, rest) = split_attributes(&step.options);
+    if let Some(unknown) = rest.iter().find(|o| !matches!(o.as_str(), "bind" | "remount" | "ro")) {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("a remount has no option {unknown:?}")));
+    }
+    sys::mount_setattr(mount.as_fd(), false, attrs, None).doing(|| "setting attributes of a mount")
 }
 
 /// Shows a detached mount at a directory. Afterwards it is an ordinary mount, undone by [`unmount`].
@@ -227,16 +225,19 @@ mod tests {
     }
 
     #[test]
-    fn a_second_step_can_make_a_mount_read_only_and_nothing_else() {
-        let [tmpfs] = recipe("tmpfs", Path::new("none"), &["size=1m"]);
-        let [remount] = recipe("bind", Path::new("none"), &["bind", "remount", "ro"]);
-        let mount = detached(&[tmpfs.clone(), remount]).unwrap();
-        let create = fs::openat(&mount, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
-        assert_eq!(create.unwrap_err(), Errno::ROFS);
-        for other in [&["bind", "ro"][..], &["bind", "remount"], &["bind", "remount", "ro", "nodev"]] {
-            let [step] = recipe("bind", Path::new("/"), other);
-            assert_eq!(detached(&[tmpfs.clone(), step]).unwrap_err().kind(), ErrorKind::Unsupported, "{other:?}");
-        }
+    fn a_remount_makes_a_mount_read_only_and_not_its_filesystem() {
+        let steps = |last: &[&str]| {
+            let [first] = recipe("tmpfs", Path::new("none"), &[]);
+            let [second] = recipe("bind", Path::new(""), last);
+            [first, second]
+        };
+        let create = |mount: &OwnedFd| fs::openat(mount, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
+        let mount = detached(&steps(&["remount", "bind", "ro"])).unwrap();
+        assert_eq!(create(&mount).unwrap_err(), Errno::ROFS);
+        create(&detached(&steps(&["remount", "bind"])).unwrap()).unwrap();
+        let e = detached(&steps(&["remount", "bind", "size=3"])).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+        assert_eq!(detached(&steps(&["bind"])).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 
     #[test]

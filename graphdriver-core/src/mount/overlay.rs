@@ -127,7 +127,8 @@ impl<'m> Overlay<'m> {
             };
             match set {
                 Ok(()) => {}
-                Err(Errno::INVAL) if nth == 0 => return Ok(None),
+                // Before Linux 6.13 fsconfig(2) takes no O_PATH descriptors at all, and says that they are none.
+                Err(Errno::INVAL | Errno::BADF) if nth == 0 => return Ok(None),
                 Err(e) => context.fail(e, || format!("{key}={}", path.display()))?,
             }
         }

@@ -8,6 +8,8 @@
 //! HOME/ID/volatile    there while a volatile mount may have unwritten data: the kernel's boot identifier
 //! HOME/new-ID/        a layer being created
 //! HOME/removed-ID/    a layer being removed
+//! HOME/projects       the project of each layer with limits, as the crate graphdriver-quota writes it
+//! HOME/projects.lock  who changes that
 //! HOME/.graphdriver-probe-*/  where features are tried out: [`Trial`]
 //! ```
 
@@ -40,15 +42,6 @@ use std::{
     },
     path::{Path, PathBuf},
 };
-
-/// Why a layer of such a driver cannot be limited in size.
-pub fn no_quota() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "the size of a layer cannot be limited: project quotas are not enforced yet, this build has no quota support",
-    )
-    .hint("leave the size out; a limit will need xfs mounted with pquota or ext4 with prjquota")
-}
 
 /// Such a directory, opened.
 #[derive(Debug)]
@@ -128,23 +121,34 @@ impl Home {
         Ok(work)
     }
 
-    /// Makes an active layer whole or not at all.
-    pub fn create(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()> {
+    /// Makes an active layer whole or not at all. `prepare` gets its directory before it has its name.
+    pub fn create(
+        &self,
+        id: LayerId,
+        parents: &[LayerId],
+        options: &LayerOptions,
+        prepare: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
         for parent in parents {
             self.open_diff(*parent)?;
+        }
+        let there = || Error::new(ErrorKind::AlreadyExists, "it is there already");
+        if self.layer(id).exists() {
+            return Err(there());
         }
         // An interrupted removal of the same number is finished on the way.
         tree::remove(open_dir(&self.path)?.as_fd(), &format!("removed-{id}"))?;
         let new = format!("new-{id}");
         self.remove_dir(&new)?;
         self.build(&self.path.join(&new), parents.first().copied())?;
+        prepare(&self.path.join(&new))?;
         if options.durable {
             durable::flush_dirs(&self.path.join(&new), &["diff", "work", ""])?;
         }
         match fs::renameat_with(CWD, self.path.join(&new), CWD, self.layer(id), RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {
                 self.remove_dir(&new)?;
-                return Err(Error::new(ErrorKind::AlreadyExists, "it is there already"));
+                return Err(there());
             }
             renamed => renamed?,
         }

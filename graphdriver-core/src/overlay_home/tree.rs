@@ -110,9 +110,21 @@ pub(super) fn remove(dir: BorrowedFd<'_>, name: &str) -> Result<()> {
     )
 }
 
+/// Lets directories of whatever project be moved into this one: one that gives its own to what is in it takes none of
+/// another (EXDEV), and the owners of files can change theirs.
+fn take_any_project(dir: BorrowedFd<'_>) {
+    // Where there are no such flags there are no projects.
+    if let Ok(flags) = fs::ioctl_getflags(dir)
+        && flags.contains(IFlags::PROJECT_INHERIT)
+    {
+        let _ = fs::ioctl_setflags(dir, flags - (IFlags::PROJECT_INHERIT | IFlags::IMMUTABLE | IFlags::APPEND));
+    }
+}
+
 /// Empties `root`. Directories below its entries are moved up into it before they are emptied in their turn, so that
 /// neither depth nor width needs memory or descriptors.
 fn empty(root: BorrowedFd<'_>) -> Result<()> {
+    take_any_project(root);
     let mut serial = 0u64;
     loop {
         let mut clean = true;

@@ -26,10 +26,11 @@ use crate::{
 };
 use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,
-    LayerId, LayerOptions, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
+    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
     WriteStrategy,
-    overlay_home::{self, Format, Home, Record, recipe},
+    overlay_home::{self, Format, Home, Record, Trial, recipe},
 };
+use graphdriver_quota::LayerQuota;
 use options::Wishes;
 use probe::Support;
 use std::{collections::BTreeSet, fs, io::ErrorKind as Io, path::Path};
@@ -44,7 +45,8 @@ pub const FACTORY: DriverFactory = DriverFactory {
             let wishes = Wishes::parse(options)?;
             let support = probe::support(home, &wishes, true)?;
             check(&support, Record::load(home, &FORMAT)?)?;
-            Ok(capabilities(home, &support))
+            let quota = open_quota(home, &wishes)?;
+            Ok(capabilities(home, &support, &quota))
         };
         probe().map_err(|e: Error| unmet(&e))
     },
@@ -72,6 +74,7 @@ pub struct VfsFuse {
     home: Home,
     support: Support,
     wishes: Wishes,
+    quota: LayerQuota,
     capabilities: Capabilities,
 }
 
@@ -94,8 +97,9 @@ impl VfsFuse {
         if record.as_ref() != Some(&now) {
             now.save(home, &FORMAT)?;
         }
-        let capabilities = capabilities(home, &support);
-        Ok(VfsFuse { home: Home::open(home, support.xattrs)?, support, wishes, capabilities })
+        let quota = open_quota(home, &wishes)?;
+        let capabilities = capabilities(home, &support, &quota);
+        Ok(VfsFuse { home: Home::open(home, support.xattrs)?, support, wishes, quota, capabilities })
     }
 
     fn mount_of(&self, lower: &[std::path::PathBuf], upper: Option<(&Path, &Path)>, more: &[&str]) -> Result<Mount> {
@@ -117,6 +121,7 @@ impl VfsFuse {
         }
         let work = self.home.work(id)?;
         let _quiet = claim(&upper, PATIENCE)?;
+        self.quota.prepare(id)?;
         self.home.settle(id)?;
         self.remember_lower(id, parents)?;
         if self.wishes.volatile {
@@ -162,7 +167,8 @@ impl VfsFuse {
         if lower.is_empty() {
             lower.push(self.home.empty());
         }
-        let config = Config { lower, upper: Some(upper), work: Some(work.into()), ..Config::default() };
+        let user_xattrs = self.home.xattrs() == OverlayXattrs::User;
+        let config = Config { lower, upper: Some(upper), work: Some(work.into()), user_xattrs, ..Config::default() };
         extent::complete_layer(&config).map(drop).doing(|| "completing the files that were copied up by extents")
     }
 }
@@ -183,16 +189,22 @@ fn check(support: &Support, record: Option<Record>) -> Result<()> {
     }
 }
 
+/// Whether layers can be limited where `home` is or would be.
+fn open_quota(home: &Path, wishes: &Wishes) -> Result<LayerQuota> {
+    let scratch = Trial::new(&overlay_home::nearest_existing(home)?)?;
+    LayerQuota::open(home, scratch.path(), &wishes.quota, FACTORY.name)
+}
+
 /// A program's argument, which all names of lower layers have to be in, has at most 32 pages (execve(2)).
 const ARGUMENT_MAX: usize = 32 * 4096;
 
-fn capabilities(home: &Path, support: &Support) -> Capabilities {
+fn capabilities(home: &Path, support: &Support, quota: &LayerQuota) -> Capabilities {
     // `HOME/1234567890/diff:` for each, every byte of HOME perhaps escaped.
     let name = std::path::absolute(home).map_or(0, |home| home.as_os_str().len()) * 2 + "/1234567890/diff:".len();
     Capabilities {
         write_strategy: WriteStrategy::CopyUp { unit: support.unit },
-        quota: false,
-        inode_quota: false,
+        quota: quota.works(),
+        inode_quota: quota.works(),
         native_diff: support.whiteouts,
         idmapped_mounts: false,
         independent_layers: support.whiteouts,
@@ -221,6 +233,7 @@ impl GraphDriver for VfsFuse {
             ("Using volatile", on(self.wishes.volatile)),
             ("Native Overlay Diff", on(*whiteouts)),
             ("userxattr", on(*xattrs == OverlayXattrs::User)),
+            ("Limits", self.quota.status()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()
@@ -228,15 +241,13 @@ impl GraphDriver for VfsFuse {
 
     fn create(&self, id: LayerId, parents: &[LayerId], options: &LayerOptions) -> Result<()> {
         let create = || {
-            if options.size.is_some() {
-                return Err(overlay_home::no_quota());
-            }
+            let limits = self.quota.wanted(options)?;
             let most = self.capabilities.max_depth;
             if parents.len() > most {
                 let why = format!("{} parents, and vfs-fuse mounts at most {most} here", parents.len());
                 return Err(Error::new(ErrorKind::Unsupported, why));
             }
-            self.home.create(id, parents, options)
+            self.home.create(id, parents, options, |dir| self.quota.limit_new(id, dir, limits))
         };
         create().doing(|| format!("creating layer {id}"))
     }
@@ -262,6 +273,20 @@ impl GraphDriver for VfsFuse {
             Access::ReadWrite => self.recipe_read_write(id, parents),
         };
         recipe.map(|mount| vec![mount]).doing(|| format!("describing the mount of layer {id}"))
+    }
+
+    fn limits(&self, id: LayerId) -> Result<Limits> {
+        self.home.open_diff(id)?;
+        self.quota.limits(id)
+    }
+
+    fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
+        let set = || {
+            self.home.open_diff(id)?;
+            self.home.work(id)?;
+            self.quota.set_limits(id, &self.home.layer(id), limits)
+        };
+        set().doing(|| format!("limiting layer {id}"))
     }
 
     /// Waits until the daemon is gone, and flushes what a volatile mount left in the cache.
@@ -291,13 +316,16 @@ impl GraphDriver for VfsFuse {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
                 _ => {}
             }
-            self.home.remove(id)
+            self.home.remove(id)?;
+            self.quota.removed(id)
         };
         remove().doing(|| format!("removing layer {id}"))
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
-        self.home.reclaim(known)
+        let freed = self.home.reclaim(known)?;
+        self.quota.reclaim(self.home.path(), known)?;
+        Ok(freed)
     }
 
     /// Without whiteouts as the kernel has them a tar is unpacked on top of the parents.

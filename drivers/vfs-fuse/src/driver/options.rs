@@ -5,11 +5,16 @@ use crate::{
     options,
 };
 use graphdriver_core::{Context, Error, ErrorKind, OptionSpec, Options, Result};
+use graphdriver_quota as quota;
 
 pub(super) const SPECS: &[OptionSpec] = &[
     OptionSpec {
         name: "vfs-fuse.size",
-        help: "the most each writable layer may take; needs project quotas (not built yet: refused)",
+        help: "the most each container's writable layer may take, such as 10G; needs project quotas: xfs mounted with pquota, or ext4 with prjquota; default: no limit",
+    },
+    OptionSpec {
+        name: "vfs-fuse.quota_projects",
+        help: "FIRST-LAST: the numbers that limited layers get as projects; default: 1900000000-1999999999",
     },
     OptionSpec {
         name: "vfs-fuse.copy_up",
@@ -47,6 +52,7 @@ const FREE: &[&str] =
 pub(super) struct Wishes {
     pub copy_up: CopyUp,
     pub volatile: bool,
+    pub quota: quota::Wishes,
     /// The program, if not the usual one.
     pub program: Option<String>,
     /// What every mount is told.
@@ -57,10 +63,11 @@ pub(super) struct Wishes {
 
 impl Wishes {
     pub(super) fn parse(given: &Options) -> Result<Self> {
-        if given.get("vfs-fuse.size").is_some() {
-            return Err(graphdriver_core::overlay_home::no_quota().doing("option vfs-fuse.size"));
-        }
-        let mut wishes = Wishes { volatile: given.switch("vfs-fuse.volatile")?.unwrap_or(false), ..Wishes::default() };
+        let mut wishes = Wishes {
+            volatile: given.switch("vfs-fuse.volatile")?.unwrap_or(false),
+            quota: quota::Wishes::parse(given, "vfs-fuse")?,
+            ..Wishes::default()
+        };
         if let Some(on) = given.switch("vfs-fuse.passthrough")? {
             wishes.everywhere.push(format!("passthrough={}", u8::from(on)));
         }
@@ -136,6 +143,7 @@ mod tests {
                 program: Some("/opt/vfs-fuse".into()),
                 everywhere: ["passthrough=0", "timeout=0", "noacl", "nosuid"].map(String::from).into(),
                 writable: ["copy_up=extent", "complete=50M"].map(String::from).into(),
+                ..Wishes::default()
             }
         );
     }
@@ -143,6 +151,7 @@ mod tests {
     #[test]
     fn wrong_values_are_refused_by_name_with_what_is_allowed() {
         for (name, value, allowed) in [
+            ("vfs-fuse.size", "much", "10G"),
             ("vfs-fuse.copy_up", "fast", "extent"),
             ("vfs-fuse.copy_up", "full,uidmapping=0:0:1", "separator"),
             ("vfs-fuse.complete", "soon", "bytes a second"),
@@ -158,7 +167,6 @@ mod tests {
             assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
             assert!(e.to_string().contains(name) && e.to_string().contains(allowed), "{e}");
         }
-        let e = parse(&[("vfs-fuse.size", "10G")]).unwrap_err();
-        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("quota"), "{e}");
+        assert_eq!(parse(&[("vfs-fuse.size", "10G")]).unwrap().quota.size, Some(graphdriver_core::ByteSize(10 << 30)));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{ExtentFile, Header, Unit, XATTR, probe};
 use crate::config::Config;
-use graphdriver_core::{Context, Error, ErrorKind, Result};
+use graphdriver_core::{Context, Error, ErrorKind, OverlayXattrs, Result};
 use rustix::{
     fs::{Dir, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -30,10 +30,11 @@ pub struct Completed {
 /// that names the last one (Linux 5.10, `fs/overlayfs/readdir.c`, "incompat").
 pub(crate) const INCOMPAT: [&str; 3] = ["work", "work/incompat", "work/incompat/vfs-fuse-extents"];
 
-const PREFIXES: [&str; 2] = ["trusted.overlay.", "user.overlay."];
-
 /// Makes every extent file of the upper layer plain, and changes nothing else. Nobody may have the layer mounted. Can be
 /// called again after any failure, and goes on.
+///
+/// Files count that are marked as the mount by this configuration would mark them. In a privileged mount's layer anybody
+/// may write `user.` marks, which would have the data of any lower file copied for them.
 pub fn complete_layer(config: &Config) -> Result<Completed> {
     let upper = config.upper.as_ref().ok_or_else(|| {
         Error::new(ErrorKind::InvalidInput, "completing files needs an upper layer").hint("give upperdir=")
@@ -44,8 +45,18 @@ pub fn complete_layer(config: &Config) -> Result<Completed> {
         Some(work) => open_root(work).and_then(|work| probe(work.as_fd())).ok().flatten(),
         None => None,
     };
-    let mut walk = Walk { config, unit: unit.unwrap_or(Unit(65536)), done: Completed::default() };
+    let prefix = if config.sees_trusted() { OverlayXattrs::Trusted } else { OverlayXattrs::User }.prefix();
+    let unit = unit.unwrap_or(Unit(65536));
+    let mut walk = Walk { config, prefix, unit, done: Completed::default(), others: 0 };
     walk.directory(root, &mut upper.clone())?;
+    let incomplete = config.work.as_ref().is_some_and(|work| work.join(INCOMPAT[2]).exists());
+    if incomplete && walk.done.files == 0 && walk.others > 0 {
+        let why = format!("{} files are marked as incomplete by an unprivileged mount", walk.others);
+        return Err(Error::new(ErrorKind::Unsupported, why).hint(
+            "let the user who made the layer complete it, or add userxattr if everybody who could write to it may read \
+             what lies below",
+        ));
+    }
     if let Some(work) = &config.work {
         allow_the_kernel(work).doing(|| format!("cleaning the work directory {}", work.display()))?;
     }
@@ -70,8 +81,11 @@ fn open_root(path: &PathBuf) -> rustix::io::Result<OwnedFd> {
 
 struct Walk<'a> {
     config: &'a Config,
+    prefix: &'static str,
     unit: Unit,
     done: Completed,
+    /// Files with a header that does not count.
+    others: u64,
 }
 
 impl Walk<'_> {
@@ -109,22 +123,24 @@ impl Walk<'_> {
 
     fn file(&mut self, open: &dyn Fn(OFlags) -> rustix::io::Result<OwnedFd>) -> Result<()> {
         let file = open(OFlags::RDONLY | OFlags::NONBLOCK)?;
-        for prefix in PREFIXES {
-            let Some(value) = header_of(file.as_fd(), prefix)? else { continue };
-            let header = Header::decode(&value)
-                .doing(|| "reading its header of an extent file")
-                .map_err(|e| e.hint("it was damaged, or written by a newer version"))?;
-            let lower = self.lower(&header)?;
-            let file = ExtentFile::open(open(OFlags::RDWR)?, lower, header, prefix, self.unit, true).map_err(|e| {
-                Error::from(e).hint("it or its lower file was replaced or copied since; the original layers are needed")
-            })?;
-            let bytes = &mut self.done.bytes;
-            file.complete(&mut |copied| {
-                *bytes += copied;
-                ControlFlow::Continue(())
-            })?;
-            self.done.files += 1;
-        }
+        let Some(value) = header_of(file.as_fd(), self.prefix)? else {
+            let user = OverlayXattrs::User.prefix();
+            self.others += u64::from(self.prefix != user && header_of(file.as_fd(), user)?.is_some());
+            return Ok(());
+        };
+        let header = Header::decode(&value)
+            .doing(|| "reading its header of an extent file")
+            .map_err(|e| e.hint("it was damaged, or written by a newer version"))?;
+        let lower = self.lower(&header)?;
+        let file = ExtentFile::open(open(OFlags::RDWR)?, lower, header, self.prefix, self.unit, true).map_err(|e| {
+            Error::from(e).hint("it or its lower file was replaced or copied since; the original layers are needed")
+        })?;
+        let bytes = &mut self.done.bytes;
+        file.complete(&mut |copied| {
+            *bytes += copied;
+            ControlFlow::Continue(())
+        })?;
+        self.done.files += 1;
         Ok(())
     }
 

@@ -15,7 +15,7 @@ mod probe;
 mod resize;
 
 pub use file::ExtentFile;
-pub use guard::prepare;
+pub use guard::{prepare, unprepare};
 pub use header::{Header, LowerIdentity, UpperIdentity, XATTR};
 pub(crate) use layer::INCOMPAT;
 pub use layer::{Completed, complete_layer};

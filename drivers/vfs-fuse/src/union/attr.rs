@@ -159,13 +159,11 @@ impl Union {
         self.attr_of_node(&node)
     }
 
-    /// Whether these are only the times of a lower file, told back after it has lost the name that it was known by: a
-    /// kernel that gathers writes sends them then, and they are worth no copy.
+    /// Whether these are only the times that a lower file has already: a kernel that gathers writes sends them after one
+    /// of several names is gone. They are worth no copy.
     fn is_late(&self, node: &Arc<Node>, set: &SetAttr) -> Result<bool> {
-        let place = node.place.lock();
-        let lost = place.parent.is_none() && place.layer != UPPER && node.dir.is_none();
-        drop(place);
-        let Some(Some(mtime)) = set.mtime.filter(|_| lost) else { return Ok(false) };
+        let lower = node.dir.is_none() && node.place.lock().layer != UPPER;
+        let Some(Some(mtime)) = set.mtime.filter(|_| lower) else { return Ok(false) };
         let alone = *set == SetAttr { mtime: set.mtime, ..SetAttr::default() };
         Ok(alone && self.attr_of_node(node)?.mtime == mtime)
     }

@@ -461,13 +461,7 @@ impl Union {
             Ok(()) => Ok(Some(header)),
             // The path does not fit into an xattr.
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE | Errno::OPNOTSUPP) => {
-                for mark in [extent::XATTR, "metacopy", "redirect"] {
-                    let object = Object { dir: file.as_fd(), name: OsStr::new("") };
-                    match object.remove(&self.marks.name(mark)) {
-                        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
-                        Err(e) => return Err(e),
-                    }
-                }
+                extent::unprepare(file.as_fd(), self.marks.prefix)?;
                 rustix::fs::ftruncate(file, 0)?;
                 Ok(None)
             }
@@ -655,16 +649,18 @@ impl Union {
     ) -> Result<bool> {
         let from = layer::open_dir(upper.work.dir.as_fd(), group)?;
         let (mut placed, mut failed) = (0, None);
+        node.place.lock().more().placing = true;
         for (parent, name) in all {
             match self.place_in_group(upper, node, from.as_fd(), parent, name) {
                 Ok(there) => placed += usize::from(there),
                 Err(e) => failed = Some(e),
             }
         }
+        let mut place = node.place.lock();
+        place.more().placing = placed > 0 && failed.is_some();
         if let (0, Some(e)) = (placed, failed) {
             return Err(e);
         }
-        let mut place = node.place.lock();
         let inner = self.opened(&place, from.as_fd(), OsStr::new(INODE), header.as_ref(), lower)?;
         // The name it is reached by may be one of those that failed.
         if place.parent.is_none() || failed.is_some() {

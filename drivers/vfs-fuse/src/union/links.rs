@@ -43,6 +43,11 @@ impl Union {
         Ok(own.into_iter().chain(others).collect())
     }
 
+    /// Whether the merged tree has more than one name of the lower file: others may be outside of it, or hidden.
+    pub(super) fn has_names(&self, ino: u64) -> Result<bool> {
+        Ok(self.known_names(ino)?.len() > 1)
+    }
+
     fn known_names(&self, ino: u64) -> Result<Vec<Name>> {
         let mut links = self.links.lock();
         if links.is_none() {
@@ -94,6 +99,8 @@ impl Union {
     }
 
     fn each_lower_file(&self, each: &mut dyn FnMut(u64, &Arc<Node>, &OsStr)) -> Result<()> {
+        // A directory that moved from where the walk comes last to where it has been would be left out.
+        let _nothing_moves = self.moves.write();
         let mut waiting = vec![self.root.clone()];
         while let Some(dir) = waiting.pop() {
             self.each_lower_file_in(&dir, each, &mut waiting)?;
@@ -113,7 +120,8 @@ impl Union {
             return Ok(());
         }
         let listing = match self.read_names(dir) {
-            Err(Errno::NOENT | Errno::STALE) => return Ok(()),
+            // What this process may not read has no names that anybody could ask it for.
+            Err(Errno::NOENT | Errno::STALE | Errno::ACCESS) => return Ok(()),
             other => other?,
         };
         for entry in listing.iter() {

@@ -196,13 +196,45 @@ impl Union {
             }
         };
         let node = self.table.intern(found.ino, references, make(found.ino));
-        if settle(&node, dir, name, &found) {
+        if self.settle(&node, dir, name, &found) {
             return node;
         }
         // Two objects claim one number: only copies made behind our back do. The second gets one of its own.
         self.table.forget(node.ino, references);
         let other = spread(u64::from(layer) << 56 ^ device(&found.stat), found.stat.stx_ino);
         self.table.intern(other, references, make(other))
+    }
+
+    /// Tells the node its name. `false`: it cannot have this name, so it is another object.
+    fn settle(&self, node: &Arc<Node>, dir: &Arc<Node>, name: &OsStr, found: &Found) -> bool {
+        let mut place = node.place.lock();
+        if place.knows(dir, name) {
+            return node.kind == kind_of(&found.stat);
+        }
+        // One that has lost all names that were known, and is not dead, has this one left.
+        let has_others = found.stat.stx_nlink > 1 || place.parent.is_none();
+        if node.kind != kind_of(&found.stat) || found.is_dir() || !has_others || !self.is_at(&place, found) {
+            return false;
+        }
+        place.add_name(dir.clone(), name.into());
+        true
+    }
+
+    /// Whether what was found is the file of this place. In lower layers the number that both have tells; in the upper
+    /// one it is what an xattr says, which copies of the layer have kept.
+    fn is_at(&self, place: &Place, found: &Found) -> bool {
+        let more = place.more.as_ref();
+        // All names are copied up together, so a file in the upper layer has none in lower ones.
+        if (place.layer == UPPER) != (found.layer == UPPER) {
+            return more.is_some_and(|m| m.placing);
+        }
+        let known = match (more.and_then(|m| m.nameless.as_ref()), &place.parent) {
+            _ if place.layer != UPPER => return true,
+            (Some(fd), _) => stat(fd.as_fd(), OsStr::new("")),
+            (None, Some(parent)) => self.fds(parent).and_then(|fds| stat(fds.upper()?, &place.name)),
+            (None, None) => return false,
+        };
+        known.is_ok_and(|known| known.stx_ino == found.stat.stx_ino)
     }
 
     /// The names of a directory, read whole.
@@ -386,23 +418,4 @@ pub(super) fn has_data_mark(list: &[u8]) -> bool {
         let mark = name.strip_prefix(b"trusted.overlay.").or(name.strip_prefix(b"user.overlay."));
         matches!(mark, Some(b"metacopy" | b"vfs.extent"))
     })
-}
-
-/// Tells the node its name. `false`: it cannot have this name, so it is another object.
-fn settle(node: &Arc<Node>, dir: &Arc<Node>, name: &OsStr, found: &Found) -> bool {
-    let mut place = node.place.lock();
-    if place.knows(dir, name) {
-        return node.kind == kind_of(&found.stat);
-    }
-    // One that has lost all names that were known, and is not dead, has this one left, unless only the one without a name
-    // was copied up.
-    let has_others = found.stat.stx_nlink > 1 || place.parent.is_none();
-    if place.parent.is_none() && place.layer == UPPER && found.layer != UPPER {
-        return false;
-    }
-    if node.kind != kind_of(&found.stat) || found.is_dir() || !has_others {
-        return false;
-    }
-    place.add_name(dir.clone(), name.into());
-    true
 }

@@ -31,7 +31,7 @@ use layer::Numbers;
 use marks::{Marks, Object};
 use node::{Dir, Node, Place, ROOT_ID, Source, Table, UPPER};
 use overrides::Overrides;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::{
     fd::{AsFd, OwnedFd},
     io::{Errno, Result},
@@ -147,6 +147,8 @@ pub struct Union {
     clock: Clock,
     hasher: RandomState,
     turns: copy_up::Turns,
+    /// Held for reading while a name moves, for writing while the whole tree is walked. Taken before any names.
+    moves: RwLock<()>,
     cost: copy_up::Cost,
     /// Filesystems of lower layers that share no data with the upper one.
     no_reflink: Mutex<HashSet<u64>>,
@@ -168,8 +170,8 @@ impl Union {
                 let (upper, marks) = Upper::open(upper, work, config.user_xattrs)?;
                 (Some(upper), marks)
             }
-            (None, None) if config.user_xattrs => (None, Marks::USER),
-            (None, None) => (None, read_only_marks()),
+            (None, None) if config.sees_trusted() => (None, Marks::TRUSTED),
+            (None, None) => (None, Marks::USER),
             _ => {
                 let why = "an upper directory and a work directory are given together or not at all";
                 return Err(Error::new(ErrorKind::InvalidInput, why));
@@ -182,11 +184,16 @@ impl Union {
             numbers.present(layer::device(&stat));
         }
         let mut overrides = vec![match &upper {
-            Some(upper) => Overrides::of_upper(&config, &readable(&upper.root)?)?,
+            Some(upper) => {
+                Overrides::of_upper(&config, &readable(&upper.root).doing(|| "opening the upper directory")?)?
+            }
             None => Overrides::new(&config),
         }];
-        for root in &lowers {
-            let of_lower = Overrides::of_lower(&config, &readable(root)?);
+        for (root, path) in lowers.iter().zip(&config.lower) {
+            let root = readable(root)
+                .doing(|| format!("opening the lower directory {}", path.display()))
+                .map_err(|e| e.hint("whoever mounts has to be able to read and search it"))?;
+            let of_lower = Overrides::of_lower(&config, &root);
             overrides.push(of_lower.doing(|| "reading a layer's owners")?);
         }
         let (root, root_ino) = root_node(upper.as_ref(), &lowers, marks, &numbers).doing(|| "reading the roots")?;
@@ -206,6 +213,7 @@ impl Union {
             clock: Clock::new(descriptors as usize),
             hasher: RandomState::new(),
             turns: copy_up::Turns::default(),
+            moves: RwLock::default(),
             cost: copy_up::Cost::new(),
             no_reflink: Mutex::default(),
             links: Mutex::default(),
@@ -278,18 +286,9 @@ fn open_lowers(config: &Config) -> graphdriver_core::Result<Vec<OwnedFd>> {
     config.lower.iter().map(open).collect()
 }
 
-/// Without an upper layer the marks of whoever may write `trusted.` ones count, if that is us.
-fn read_only_marks() -> Marks {
-    use rustix::thread::{CapabilitySet, capabilities};
-    let privileged = capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
-    let initial = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|m| m.trim_end().ends_with("4294967295"));
-    if privileged && initial { Marks::TRUSTED } else { Marks::USER }
-}
-
-fn readable(root: &OwnedFd) -> graphdriver_core::Result<OwnedFd> {
+fn readable(root: &OwnedFd) -> Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags};
     rustix::fs::openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .doing(|| "opening a layer's root")
 }
 
 fn root_node(upper: Option<&Upper>, lowers: &[OwnedFd], marks: Marks, numbers: &Numbers) -> Result<(Arc<Node>, u64)> {

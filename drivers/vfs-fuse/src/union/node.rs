@@ -60,6 +60,8 @@ pub(super) struct More {
     pub nameless: Option<Arc<OwnedFd>>,
     /// Its data, while somebody has it open.
     pub data: Weak<Data>,
+    /// Its names are moved to the upper layer one by one, or some could not be: it is found on either side.
+    pub placing: bool,
     /// Blocks of the lower file that a file copied up by extents shows data of.
     pub lower_blocks: u64,
 }

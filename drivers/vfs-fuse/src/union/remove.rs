@@ -37,7 +37,7 @@ impl Union {
         if !dir.dir()?.in_upper() {
             self.check_kind(&dir, name, directory)?;
         }
-        self.count_links(&dir, name)?;
+        self.count_links(&dir, name);
         self.dir_up(&dir)?;
         let mut names = dir.dir()?.names.write();
         if names.removed {
@@ -71,8 +71,14 @@ impl Union {
     }
 
     /// Before a lower file with several names loses one: in the upper layer its link count will be right, at later
-    /// mounts too. Not where that would copy its data.
-    pub(super) fn count_links(&self, dir: &Arc<Node>, name: &OsStr) -> Result<()> {
+    /// mounts too. Not where that would copy its data, and not if it cannot be done: the name can go all the same.
+    pub(super) fn count_links(&self, dir: &Arc<Node>, name: &OsStr) {
+        if let Err(e) = self.try_to_count_links(dir, name) {
+            tracing::debug!("a link count will be too high after {} is removed: {e}", name.display());
+        }
+    }
+
+    fn try_to_count_links(&self, dir: &Arc<Node>, name: &OsStr) -> Result<()> {
         if !self.wants_extents() || dir.dir()?.is_upper_only() {
             return Ok(());
         }
@@ -86,7 +92,8 @@ impl Union {
         }
         let node = self.node_for(dir, name, found, 0);
         drop(names);
-        let up = self.copy_up(&node, Change::Metadata);
+        let up =
+            self.has_names(node.ino).and_then(|has| if has { self.copy_up(&node, Change::Metadata) } else { Ok(()) });
         self.let_go(node);
         up
     }

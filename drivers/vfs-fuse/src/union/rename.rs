@@ -106,10 +106,11 @@ impl Union {
         if exchange {
             other = self.bring_up(&into, to_name)?;
         } else {
-            self.count_links(&into, to_name)?;
+            self.count_links(&into, to_name);
         }
         self.dir_up(&from)?;
         self.dir_up(&into)?;
+        let _no_walk = self.moves.read();
         let mut locked = Locked::new(&from, &into)?;
         if locked.source().removed || locked.target().removed {
             return Err(Errno::NOENT);

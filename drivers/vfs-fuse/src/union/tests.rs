@@ -377,13 +377,16 @@ fn the_name_that_is_left_is_the_file_that_lost_the_other() {
 /// As an open file that is changed, or times that the kernel sends late.
 #[test]
 fn a_file_that_lost_the_name_it_was_known_by_keeps_its_others() {
-    for copied in [true, false] {
+    for (copied, both_known) in [(true, false), (false, false), (false, true)] {
         let mut layers = Layers::new(1);
         layers.copy_up = CopyUp::Full;
         layers.write("l1/one", b"lower");
         fs::hard_link(layers.path("l1/one"), layers.path("l1/two")).unwrap();
         let mut union = layers.open();
         let one = union.at("one").unwrap();
+        if both_known {
+            union.at("two").unwrap();
+        }
         union.remove_path("one", false).unwrap();
         let change = match copied {
             true => SetAttr { mode: Some(0o600), ..SetAttr::default() },
@@ -401,6 +404,62 @@ fn a_file_that_lost_the_name_it_was_known_by_keeps_its_others() {
         let data = union.data(union.at("two").unwrap().id, true).unwrap();
         data.write_at(b"L", 0).unwrap();
         assert_eq!(union.read("two").unwrap(), b"Lower");
+    }
+}
+
+/// As after `cp -a` of the layers, with which numbers shift: an upper file may claim that of a lower one.
+#[test]
+fn a_number_that_two_files_claim_makes_no_names_of_one() {
+    for upper_first in [true, false] {
+        let layers = Layers::new(1);
+        layers.write("l1/lower", b"lower");
+        fs::hard_link(layers.path("l1/lower"), layers.path("l1/linked")).unwrap();
+        let ino = layers.open().at("lower").unwrap().attr.ino;
+        layers.write("u/upper", b"upper");
+        fs::hard_link(layers.path("u/upper"), layers.path("u/also")).unwrap();
+        xattr::set(layers.path("u/upper"), "trusted.overlay.vfs.ino", &ino.to_le_bytes()).unwrap();
+        xattr::set(layers.path("u"), "trusted.overlay.impure", b"y").unwrap();
+        let union = layers.open();
+        let order = if upper_first { ["upper", "lower"] } else { ["lower", "upper"] };
+        let _known = order.map(|name| union.at(name).unwrap());
+        for (names, content) in [(["upper", "also"], "upper"), (["lower", "linked"], "lower")] {
+            assert_eq!(names.map(|name| union.read(name).unwrap()), [content.as_bytes(); 2]);
+        }
+        let [upper, lower] = ["upper", "linked"].map(|name| union.at(name).unwrap().id);
+        assert_ne!(upper, lower);
+        union.data(lower, true).unwrap().write_at(b"L", 0).unwrap();
+        assert_eq!(union.read("also").unwrap(), b"upper");
+    }
+}
+
+/// The names are found by a walk, and a directory may move from where the walk comes last to where it has been.
+#[test]
+fn all_names_are_found_while_directories_move() {
+    let layers = Layers::new(1);
+    layers.write("l1/one", b"lower");
+    layers.write("l1/a/d/file", b"");
+    fs::create_dir(layers.path("l1/z")).unwrap();
+    fs::hard_link(layers.path("l1/one"), layers.path("l1/a/d/two")).unwrap();
+    (0..2000).for_each(|n| layers.write(&format!("l1/filler{}/f{n}", n % 100), b""));
+    for round in 0..10 {
+        fs::remove_dir_all(layers.path("u")).unwrap();
+        fs::create_dir(layers.path("u")).unwrap();
+        let union = layers.open();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    union.rename_path("a/d", "z/d", 0).unwrap();
+                    union.rename_path("z/d", "a/d", 0).unwrap();
+                }
+            });
+            let one = union.at("one").unwrap();
+            union.setattr(one.id, &SetAttr { mode: Some(0o600), ..SetAttr::default() }, ROOT).unwrap();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let union = layers.open_again(union);
+        let [one, two] = ["one", "a/d/two"].map(|path| union.at(path).unwrap());
+        assert_eq!((one.id, two.attr.mode & 0o777), (two.id, 0o600), "round {round}");
     }
 }
 
@@ -456,13 +515,17 @@ fn symlinks_and_special_files_are_copied_up() {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_upper_directory_is_refused() {
+fn a_second_daemon_on_the_same_upper_or_work_directory_is_refused() {
     let layers = Layers::new(1);
     let union = layers.open();
     let upper = layers.path("u");
     let lock = rustix::fs::open(&upper, rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
     let again = rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive);
     assert_eq!(again.unwrap_err(), Errno::WOULDBLOCK);
+    fs::create_dir(layers.path("u2")).unwrap();
+    let same_work = Config { upper: Some(layers.path("u2")), ..layers.config() };
+    let error = Union::open(same_work).map(drop).unwrap_err();
+    assert!(error.kind() == ErrorKind::Busy && error.to_string().contains("/w "), "{error}");
     drop(union);
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
 }

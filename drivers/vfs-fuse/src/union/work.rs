@@ -37,7 +37,7 @@ pub(super) struct Upper {
     work_root: OwnedFd,
     incomplete: AtomicBool,
     /// Locked against a second daemon.
-    _lock: OwnedFd,
+    _locks: [OwnedFd; 2],
 }
 
 /// See the module.
@@ -52,8 +52,8 @@ impl Upper {
     pub fn open(upper: &Path, work: &Path, user_xattrs: bool) -> graphdriver_core::Result<(Upper, Marks)> {
         let root =
             super::layer::open_root(upper).doing(|| format!("opening the upper directory {}", upper.display()))?;
-        // Two daemons on one upper directory would overwrite each other's files.
-        let lock = claim::claim(upper, claim::PATIENCE)?;
+        // Two daemons on one upper or work directory would overwrite each other's files.
+        let locks = claim::claim_both(upper, work)?;
         let work_root =
             super::layer::open_root(work).doing(|| format!("opening the work directory {}", work.display()))?;
         let device = |fd: &OwnedFd| super::layer::stat(fd.as_fd(), OsStr::new("")).map(|s| super::layer::device(&s));
@@ -68,7 +68,7 @@ impl Upper {
         let work = Work::open(&work_root, &root).doing(doing)?;
         let (marks, xattrs) = work.probe_xattrs(user_xattrs).doing(doing)?;
         let (unit, incomplete) = (Mutex::new(None), AtomicBool::new(false));
-        Ok((Upper { root, work, xattrs, unit, work_root, incomplete, _lock: lock }, marks))
+        Ok((Upper { root, work, xattrs, unit, work_root, incomplete, _locks: locks }, marks))
     }
 
     /// Says in the work directory that files of the layer may be incomplete, before the first one is: the kernel's

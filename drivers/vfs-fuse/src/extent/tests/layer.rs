@@ -37,7 +37,8 @@ fn layers(root: &Path, prefix: &str) -> Config {
     std::os::unix::fs::symlink(at("l0"), at("u/outside")).unwrap();
     must(&format!("mkfifo {}", at("u/fifo").display()));
     std::fs::write(at("u/plain"), "plain").unwrap();
-    Config { lower: vec![at("l1"), at("l0")], upper: Some(at("u")), work: Some(at("w")), ..Config::default() }
+    let (upper, work) = (Some(at("u")), Some(at("w")));
+    Config { lower: vec![at("l1"), at("l0")], upper, work, user_xattrs: prefix == "user.overlay.", ..Config::default() }
 }
 
 #[test]
@@ -64,6 +65,23 @@ fn completes_all_extent_files_and_nothing_else() {
         );
     }
     assert_eq!(complete_layer(&config).unwrap(), Completed::default());
+}
+
+/// Users may write `user.` xattrs, and would be shown any lower file.
+#[test]
+fn users_marks_count_for_nothing_in_the_layer_of_a_privileged_mount() {
+    let directory = directory(None);
+    let mut config = layers(directory.path(), PREFIX);
+    config.user_xattrs = false;
+    if !config.sees_trusted() {
+        eprintln!("skipped: users_marks_count_for_nothing_in_the_layer_of_a_privileged_mount: needs root");
+        return;
+    }
+    assert_eq!(complete_layer(&config).unwrap(), Completed::default());
+    assert!(xattr::get(directory.path().join("u/d/a"), format!("{PREFIX}{XATTR}")).unwrap().is_some());
+    std::fs::create_dir_all(directory.path().join("w/work/incompat/vfs-fuse-extents")).unwrap();
+    let error = complete_layer(&config).unwrap_err();
+    assert!(error.to_string().contains("userxattr"), "{error}");
 }
 
 #[test]
@@ -99,6 +117,7 @@ fn the_kernel_refuses_extent_files_until_they_are_complete() {
             ("trusted.overlay.", "metacopy=on,redirect_dir=on"),
             ("trusted.overlay.", "metacopy=off,redirect_dir=off"),
             ("user.overlay.", "userxattr"),
+            ("trusted.overlay.", "userxattr"),
         ] {
             let directory = directory(None);
             let config = layers(directory.path(), prefix);

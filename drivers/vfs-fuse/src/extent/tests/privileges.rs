@@ -82,7 +82,7 @@ fn completion_keeps_capabilities() {
 fn completion_of_a_layer_keeps_capabilities() {
     let Some(capable) = Capable::new("completion_of_a_layer_keeps_capabilities") else { return };
     let at = |name: &str| capable.directory.path().join(name);
-    let config = Config { lower: vec![at("l")], upper: Some(at("u")), ..Config::default() };
+    let config = Config { lower: vec![at("l")], upper: Some(at("u")), user_xattrs: true, ..Config::default() };
     for (directory, file) in [("l", "lower"), ("u", "upper")] {
         std::fs::create_dir(at(directory)).unwrap();
         std::fs::hard_link(at(file), at(directory).join(file)).unwrap();

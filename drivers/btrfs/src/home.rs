@@ -1,0 +1,373 @@
+//! The data directory.
+
+use crate::{
+    flatten, subvolume,
+    usage::{self, generation},
+};
+use graphdriver_core::{Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
+use graphdriver_quota::qgroup::{Qgroups, subvolume_id};
+use rustix::{
+    fs::{self, CWD, FlockOperation, Mode},
+    io::Errno,
+    rand::{GetRandomFlags, getrandom},
+};
+use std::{
+    collections::HashMap,
+    fs::{DirBuilder, File},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+const FORMAT: &str = "graphdriver btrfs 1\n";
+
+/// An opened data directory. Its layout is in the crate's documentation.
+#[derive(Debug)]
+pub(crate) struct Home {
+    path: PathBuf,
+    layers: OwnedFd,
+    /// Those that are used.
+    pub quotas: Option<Qgroups>,
+    privileged: bool,
+    /// What active layers take, by the generation in which they were measured.
+    measured: Mutex<HashMap<u64, (u64, Usage)>>,
+}
+
+/// A read-only snapshot that exists while this does.
+pub(crate) struct Frozen<'h> {
+    home: &'h Home,
+    name: String,
+    pub root: OwnedFd,
+    _lock: File,
+}
+
+impl Home {
+    /// Makes what is missing of `path`, which is absolute. Refuses one that is something else.
+    pub(crate) fn open(path: &Path, privileged: bool) -> Result<Home> {
+        check_version(path)?;
+        for dir in ["layers", "usage", "flat", "stale"] {
+            make_dirs(&path.join(dir))?;
+        }
+        let layers = subvolume::open(CWD, path.join("layers")).doing(|| format!("opening {}", path.display()))?;
+        Ok(Home { path: path.into(), layers, quotas: None, privileged, measured: Mutex::default() })
+    }
+
+    fn layers(&self) -> BorrowedFd<'_> {
+        self.layers.as_fd()
+    }
+
+    /// Where a layer is.
+    pub(crate) fn path(&self, id: LayerId) -> PathBuf {
+        self.path.join("layers").join(id.to_string())
+    }
+
+    /// The root of a layer. Fails with `NotFound` if there is no such layer.
+    pub(crate) fn layer(&self, id: LayerId) -> Result<Root> {
+        subvolume::open(self.layers(), id.to_string()).map(Root::from_fd).map_err(|e| match e {
+            Errno::NOENT => Error::new(ErrorKind::NotFound, format!("layer {id} is not there")),
+            e => Error::from(e).doing(format!("opening layer {id}")),
+        })
+    }
+
+    /// Makes an active layer whole or not at all.
+    pub(crate) fn create(&self, id: LayerId, parents: &[LayerId], limits: Limits, durable: bool) -> Result<()> {
+        let parents = parents.iter().map(|parent| self.layer(*parent)).collect::<Result<Vec<_>>>()?;
+        let exists = || Error::new(ErrorKind::AlreadyExists, "it is there already");
+        if self.layer(id).is_ok() {
+            return Err(exists());
+        }
+        // An interrupted removal of the same number is finished on the way, and so is an interrupted creation.
+        self.remove(id)?;
+        let new = format!("new-{id}");
+        let made = (|| {
+            self.build(&new, parents.first(), limits)?;
+            match subvolume::rename(self.layers(), &new, &id.to_string()) {
+                Err(Errno::EXIST) => Err(exists()),
+                renamed => renamed.doing(|| format!("renaming {new}")),
+            }
+        })();
+        if made.is_err() {
+            let cleaned = self.destroy(&new);
+            cleaned.inspect_err(|e| tracing::warn!("{new} stays until the next reclaim: {e}")).ok();
+        }
+        made?;
+        // What makes a name durable that leads to a subvolume is a commit of the filesystem, which this is.
+        if durable { fs::fsync(&self.layers).doing(|| "flushing the directory of layers") } else { Ok(()) }
+    }
+
+    fn build(&self, new: &str, parent: Option<&Root>, limits: Limits) -> Result<()> {
+        match parent {
+            Some(parent) => subvolume::snapshot(parent.as_fd(), self.layers(), new, false)?,
+            None => subvolume::create(self.layers(), new)?,
+        }
+        let root = subvolume::open(self.layers(), new)?;
+        if parent.is_none() {
+            fs::fchmod(&root, Mode::from(0o755))?;
+        }
+        match &self.quotas {
+            Some(quotas) if limits != Limits::default() => quotas.limit(subvolume_id(root.as_fd())?, limits),
+            _ => Ok(()),
+        }
+    }
+
+    /// Freezes a layer, durably: its data and what it takes before the flag that says it is whole.
+    pub(crate) fn commit(&self, id: LayerId) -> Result<()> {
+        let layer = self.layer(id)?;
+        if subvolume::is_read_only(layer.as_fd())? {
+            return self.flush();
+        }
+        flatten::flatten(&layer, &self.intent(id), &mut |ids| self.mark(ids))?;
+        self.flush()?;
+        usage::record(&self.record(id), self.measure(layer.as_fd())?)?;
+        subvolume::set_read_only(layer.as_fd(), true)?;
+        // Somebody may have written between the two.
+        self.flush()?;
+        self.tidy()
+    }
+
+    /// Writes down what anybody has written to the filesystem, and reports it if something could not be.
+    fn flush(&self) -> Result<()> {
+        fs::syncfs(&self.layers).doing(|| format!("flushing the filesystem of {}", self.path.display()))
+    }
+
+    /// What the layer takes by itself: as it was written down when it was committed, or now.
+    pub(crate) fn usage(&self, id: LayerId) -> Result<Usage> {
+        let layer = self.layer(id)?;
+        if subvolume::is_read_only(layer.as_fd())?
+            && let Some(usage) = usage::recorded(&self.record(id))?
+        {
+            return Ok(usage);
+        }
+        self.measure(layer.as_fd())
+    }
+
+    fn measure(&self, root: BorrowedFd<'_>) -> Result<Usage> {
+        let mut usage = self.own(root)?;
+        if let Some(quotas) = self.quotas.as_ref().filter(|quotas| !quotas.inconsistent()) {
+            match quotas.state(subvolume_id(root)?) {
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                state => usage.bytes = state?.used.bytes,
+            }
+        }
+        Ok(usage)
+    }
+
+    /// By its own metadata, which is read only when it has changed.
+    fn own(&self, root: BorrowedFd<'_>) -> Result<Usage> {
+        let (generation, info) = generation(root)?;
+        let known = self.measured.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).copied();
+        if let Some((_, usage)) = known.filter(|(then, _)| *then == generation) {
+            return Ok(usage);
+        }
+        let usage = match self.privileged {
+            true => usage::own(root, &info)?,
+            false => usage::walked(&Root::from_fd(root.try_clone_to_owned()?), &info)?,
+        };
+        let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+        if measured.len() >= MOST_MEASURED {
+            measured.clear();
+        }
+        measured.insert(info.id, (generation, usage));
+        Ok(usage)
+    }
+
+    /// Removes a layer, or what is left of one; none there is no error.
+    pub(crate) fn remove(&self, id: LayerId) -> Result<()> {
+        self.remove_name(&id.to_string())?;
+        self.remove_name(&format!("new-{id}"))?;
+        for file in [self.record(id), self.intent(id)] {
+            remove_file(&file)?;
+        }
+        self.tidy()
+    }
+
+    /// Removes `HOME/layers/NAME`, and what an interrupted removal of it left. As it is renamed first, the name is free
+    /// at once, and `reclaim` knows what is left.
+    fn remove_name(&self, name: &str) -> Result<()> {
+        let trash = format!("removed-{name}");
+        loop {
+            match subvolume::rename(self.layers(), name, &trash) {
+                Err(Errno::EXIST) => self.destroy(&trash)?,
+                Ok(()) | Err(Errno::NOENT) => return self.destroy(&trash),
+                Err(e) => return Err(Error::from(e).doing(format!("renaming {name}"))),
+            }
+        }
+    }
+
+    fn destroy(&self, name: &str) -> Result<()> {
+        subvolume::destroy(self.layers(), name, &mut |ids| self.mark(ids))
+    }
+
+    /// Notes subvolumes that are about to be deleted, because their qgroups can go only after them.
+    fn mark(&self, ids: &[u64]) -> Result<()> {
+        if self.quotas.is_none() || !self.privileged {
+            return Ok(());
+        }
+        for id in ids {
+            let mark = self.path.join("stale").join(id.to_string());
+            File::create(&mark).doing(|| format!("writing {}", mark.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the qgroups of deleted subvolumes, as far as the kernel is done with these. It waits for nothing.
+    pub(crate) fn tidy(&self) -> Result<()> {
+        let Some(quotas) = self.quotas.as_ref().filter(|_| self.privileged) else { return Ok(()) };
+        for (name, path) in entries(&self.path.join("stale"))? {
+            let Ok(id) = name.parse() else { continue };
+            if quotas.forget(id)? {
+                remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what the store does not know.
+    pub(crate) fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
+        let mut freed = Reclaimed::default();
+        let no_frozen = self.lock_frozen(FlockOperation::NonBlockingLockExclusive)?;
+        for (name, _) in entries(&self.path.join("layers"))? {
+            let leftover = match name.parse() {
+                Ok(id) => !known(id),
+                Err(_) => match name.split_once('-') {
+                    Some(("new", id)) => id.parse().is_ok_and(|id| !known(id) || self.layer(id).is_ok()),
+                    Some(("removed", _)) => true,
+                    Some(("frozen", _)) => no_frozen.is_some(),
+                    _ => false,
+                },
+            };
+            if leftover {
+                let root = subvolume::open(self.layers(), &name);
+                freed.bytes += root.ok().and_then(|root| self.measure(root.as_fd()).ok()).unwrap_or_default().bytes;
+                freed.layers += 1;
+                if name.starts_with("removed-") { self.destroy(&name)? } else { self.remove_name(&name)? }
+            }
+        }
+        drop(no_frozen);
+        self.reclaim_notes()?;
+        self.tidy()?;
+        Ok(freed)
+    }
+
+    /// Finishes what the notes of a crashed process say, and removes those of layers that are gone.
+    fn reclaim_notes(&self) -> Result<()> {
+        for (name, path) in entries(&self.path.join("flat"))? {
+            let Ok(id) = name.parse() else { continue };
+            flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids))?;
+        }
+        for (name, path) in entries(&self.path.join("usage"))? {
+            if name.parse().is_ok_and(|id| self.layer(id).is_err()) {
+                remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot of an active layer as it is now.
+    pub(crate) fn freeze(&self, id: LayerId, layer: &Root) -> Result<Frozen<'_>> {
+        let lock = self.lock_frozen(FlockOperation::LockShared)?.expect("this one waits");
+        let name = format!("frozen-{id}-{}", unique()?);
+        subvolume::snapshot(layer.as_fd(), self.layers(), &name, true).doing(|| format!("freezing layer {id}"))?;
+        let root = subvolume::open(self.layers(), &name).doing(|| format!("opening {name}"))?;
+        Ok(Frozen { home: self, name, root, _lock: lock })
+    }
+
+    /// Held shared by whoever has a temporary snapshot: one that is there when nobody holds it was left by a crash. None
+    /// if it is held and the operation does not wait.
+    fn lock_frozen(&self, how: FlockOperation) -> Result<Option<File>> {
+        let path = self.path.join("frozen.lock");
+        let file = File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        match fs::flock(&file, how) {
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            locked => locked.map(|()| Some(file)).doing(|| format!("locking {}", path.display())),
+        }
+    }
+
+    fn record(&self, id: LayerId) -> PathBuf {
+        self.path.join("usage").join(id.to_string())
+    }
+
+    fn intent(&self, id: LayerId) -> PathBuf {
+        self.path.join("flat").join(id.to_string())
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let removed = self.home.destroy(&self.name).and_then(|()| self.home.tidy());
+        removed.inspect_err(|e| tracing::warn!("{} stays until the next reclaim: {e}", self.name)).ok();
+    }
+}
+
+/// More layers than anybody looks at, and little memory.
+const MOST_MEASURED: usize = 10_000;
+
+/// Sixteen hexadecimal digits that nobody else has.
+pub(crate) fn unique() -> Result<String> {
+    let mut bytes = [0; 8];
+    getrandom(&mut bytes, GetRandomFlags::empty()).doing(|| "asking for a random number")?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+}
+
+/// Refuses a directory of another format, and marks a new one.
+fn check_version(home: &Path) -> Result<()> {
+    make_dirs(home)?;
+    let path = home.join("version");
+    match std::fs::read_to_string(&path) {
+        Ok(text) if text == FORMAT => Ok(()),
+        Ok(text) => {
+            let why = format!("the format of {} is {:?}, and this program knows {:?}", home.display(), text, FORMAT);
+            Err(Error::new(ErrorKind::Unsupported, why).hint("use the program that wrote it"))
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let stranger = entries(home)?.into_iter().find(|(name, _)| name != "version.new" && name != "lost+found");
+            if let Some((name, _)) = stranger {
+                let why = format!("{} holds {name:?} and no version file", home.display());
+                return Err(Error::new(ErrorKind::InvalidInput, why).hint("give the driver a directory of its own"));
+            }
+            write_version(home).doing(|| format!("writing {}", path.display()))
+        }
+        Err(e) => Err(Error::from(e).doing(format!("reading {}", path.display()))),
+    }
+}
+
+fn write_version(home: &Path) -> io::Result<()> {
+    let new = home.join("version.new");
+    std::fs::write(&new, FORMAT)?;
+    File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, home.join("version"))?;
+    File::open(home)?.sync_all()
+}
+
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let read = || {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            // None of ours has another name.
+            if let Ok(name) = entry.file_name().into_string() {
+                all.push((name, entry.path()));
+            }
+        }
+        Ok::<_, io::Error>(all)
+    };
+    read().doing(|| format!("reading {}", dir.display()))
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Error::from(e).doing(format!("removing {}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes a directory and those above it; none of them readable for others.
+fn make_dirs(path: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).doing(|| format!("making {}", path.display()))
+}

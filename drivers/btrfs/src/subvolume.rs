@@ -1,0 +1,199 @@
+//! Subvolumes by open directories.
+
+use crate::sys;
+use btrfs_uapi::subvolume::{
+    SubvolumeFlags, SubvolumeInfo, subvol_rootrefs, subvolume_delete_by_id, subvolume_flags_get, subvolume_flags_set,
+    subvolume_info,
+};
+use btrfsutil::subvolume::{SnapshotFlags, Subvolume};
+use graphdriver_core::{Context, Error, ErrorKind, Result, Root, root::proc_path};
+use graphdriver_quota::qgroup::subvolume_id;
+use rustix::{
+    fs::{self, AtFlags, IFlags, Mode, OFlags, RenameFlags},
+    io::Errno,
+};
+use std::{
+    collections::VecDeque,
+    ffi::OsStr,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// The inode number of every subvolume's root (`BTRFS_FIRST_FREE_OBJECTID`).
+const ROOT_INODE: u64 = 256;
+
+/// Opens the directory `name` in `dir`.
+pub(crate) fn open(dir: impl AsFd, name: impl AsRef<OsStr>) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fs::openat(dir, name.as_ref(), flags, Mode::empty())
+}
+
+/// Makes an empty subvolume.
+pub(crate) fn create(dir: BorrowedFd<'_>, name: &str) -> Result<()> {
+    let path = proc_path(dir, name.as_ref());
+    Subvolume::create(path.as_path(), None).map(drop).map_err(told)
+}
+
+/// Makes a snapshot of the subvolume whose root is open.
+pub(crate) fn snapshot(source: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &str, read_only: bool) -> Result<()> {
+    let (from, to) = (proc_path(source, ".".as_ref()), proc_path(dir, name.as_ref()));
+    let flags = if read_only { SnapshotFlags::READ_ONLY } else { SnapshotFlags::empty() };
+    Subvolume::get(from.as_path()).and_then(|from| from.snapshot(to.as_path(), flags, None)).map(drop).map_err(told)
+}
+
+/// libbtrfsutil says what failed, and leaves why in errno.
+fn told(e: impl std::fmt::Display) -> Error {
+    match io::Error::last_os_error() {
+        os if os.raw_os_error() == Some(0) => Error::new(ErrorKind::Io, e.to_string()),
+        os => Error::from(os).doing(e.to_string()),
+    }
+}
+
+/// What the kernel knows of the subvolume a file is in (Linux 4.18).
+pub(crate) fn info(file: BorrowedFd<'_>) -> Result<SubvolumeInfo> {
+    subvolume_info(file).map_err(io::Error::from).doing(|| "asking about a subvolume")
+}
+
+pub(crate) fn is_read_only(root: BorrowedFd<'_>) -> Result<bool> {
+    let flags = subvolume_flags_get(root).map_err(io::Error::from).doing(|| "asking for the flags of a subvolume")?;
+    Ok(flags.contains(SubvolumeFlags::RDONLY))
+}
+
+/// Durable with what was written to the filesystem's trees before, as it ends with a commit of the filesystem.
+pub(crate) fn set_read_only(root: BorrowedFd<'_>, on: bool) -> Result<()> {
+    let flags = if on { SubvolumeFlags::RDONLY } else { SubvolumeFlags::empty() };
+    subvolume_flags_set(root, flags).map_err(io::Error::from).doing(|| "changing the flags of a subvolume")
+}
+
+/// Renames a subvolume in its directory, unless the new name is taken.
+pub(crate) fn rename(dir: BorrowedFd<'_>, from: &str, to: &str) -> rustix::io::Result<()> {
+    let rename = || fs::renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE);
+    match rename() {
+        // Its root may have been made immutable in a container.
+        Err(Errno::PERM) => {
+            loosen(open(dir, from)?.as_fd());
+            rename()
+        }
+        renamed => renamed,
+    }
+}
+
+/// Takes away what keeps a subvolume from being changed or removed, as far as that can be done. What then does not work
+/// says why.
+fn loosen(root: BorrowedFd<'_>) {
+    let _ = set_read_only(root, false);
+    if let Ok(flags) = fs::ioctl_getflags(root) {
+        let _ = fs::ioctl_setflags(root, flags - (IFlags::IMMUTABLE | IFlags::APPEND));
+    }
+}
+
+/// A subvolume in another one, where somebody who could write there made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Nested {
+    /// From the root of the outermost.
+    pub path: PathBuf,
+    pub id: u64,
+}
+
+/// The subvolumes directly in that whose root is given, without those in them.
+pub(crate) fn nested_directly(root: BorrowedFd<'_>) -> Result<Vec<Nested>> {
+    let found = subvol_rootrefs(root).map_err(io::Error::from).doing(|| "looking for nested subvolumes")?;
+    let mut nested = Vec::new();
+    for child in found {
+        match sys::place_of(root, child.treeid, child.dirid) {
+            Ok((dir, name)) => nested.push(Nested { path: dir.join(name), id: child.treeid }),
+            // Somebody deleted it a moment ago.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::from(e).doing(format!("looking for nested subvolume {}", child.treeid))),
+        }
+    }
+    Ok(nested)
+}
+
+/// All subvolumes in that whose root is given, and those in them: outer before inner.
+pub(crate) fn nested(root: &Root) -> Result<Vec<Nested>> {
+    let mut all = nested_directly(root.as_fd())?;
+    let mut next: VecDeque<Nested> = all.iter().cloned().collect();
+    while let Some(outer) = next.pop_front() {
+        let inside = match root.open_dir_nofollow(&outer.path) {
+            Err(Errno::NOENT) => continue,
+            opened => nested_directly(opened?.as_fd())?,
+        };
+        let inside = inside.into_iter().map(|n| Nested { path: outer.path.join(n.path), id: n.id });
+        inside.for_each(|n| {
+            all.push(n.clone());
+            next.push_back(n);
+        });
+    }
+    Ok(all)
+}
+
+/// Deletes the subvolume `name` with all nested in it, not waiting until the kernel has freed the space. `doomed` is told
+/// the ids first. Whatever else has the name is removed too; nothing there is no error.
+pub(crate) fn destroy(dir: BorrowedFd<'_>, name: &str, doomed: &mut dyn FnMut(&[u64]) -> Result<()>) -> Result<()> {
+    let fd = match open(dir, name) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened.doing(|| format!("opening {name}"))?,
+    };
+    if fs::fstat(&fd)?.st_ino != ROOT_INODE {
+        return std::fs::remove_dir_all(proc_path(dir, name.as_ref())).doing(|| format!("removing {name}"));
+    }
+    let id = subvolume_id(fd.as_fd())?;
+    let root = Root::from_fd(fd);
+    let inside = nested(&root)?;
+    let ids: Vec<u64> = std::iter::once(id).chain(inside.iter().map(|n| n.id)).collect();
+    doomed(&ids)?;
+    if !inside.is_empty() {
+        // Nothing can be removed from one that is read-only.
+        loosen(root.as_fd());
+        for outer in &inside {
+            root.open_dir_nofollow(&outer.path).map(|fd| loosen(fd.as_fd())).doing(|| format!("opening {name}"))?;
+        }
+    }
+    for inner in inside.iter().rev() {
+        let (parent, last) = split(&root, &inner.path)?;
+        delete(parent.as_fd(), &last, inner.id).doing(|| format!("deleting nested subvolume {:?}", inner.path))?;
+    }
+    loosened(root.as_fd(), || delete(dir, name.as_ref(), id)).doing(|| format!("deleting subvolume {name}"))
+}
+
+fn split(root: &Root, path: &Path) -> Result<(OwnedFd, std::ffi::OsString)> {
+    let name = path.file_name().expect("a nested subvolume has a name").to_owned();
+    Ok((root.open_dir_nofollow(path.parent().unwrap_or(Path::new("")))?, name))
+}
+
+fn loosened(root: BorrowedFd<'_>, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    let refused = [libc_errno(Errno::PERM), libc_errno(Errno::ACCESS), libc_errno(Errno::ROFS)];
+    match act() {
+        Err(e) if refused.contains(&e.raw_os_error()) => {
+            loosen(root);
+            act()
+        }
+        done => done,
+    }
+}
+
+fn libc_errno(e: Errno) -> Option<i32> {
+    Some(e.raw_os_error())
+}
+
+/// Deletes one subvolume without nested ones: at once where that is allowed (root, or the mount option
+/// `user_subvol_rm_allowed`), else as an ordinary directory, which Linux 4.18 lets its owner remove when it is empty.
+fn delete(dir: BorrowedFd<'_>, name: &OsStr, id: u64) -> io::Result<()> {
+    match subvolume_delete_by_id(dir, id).map_err(io::Error::from) {
+        Err(e) if [libc_errno(Errno::PERM), libc_errno(Errno::ACCESS)].contains(&e.raw_os_error()) => {
+            let path = proc_path(dir, name);
+            let Ok(fd) = open(dir, name) else { return Err(e) };
+            if is_read_only(fd.as_fd()).unwrap_or(true) {
+                return Err(e);
+            }
+            std::fs::remove_dir_all(path)
+        }
+        // The cleaner has it already.
+        Err(e) if e.kind() == io::ErrorKind::NotFound && fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).is_err() => {
+            Ok(())
+        }
+        done => done,
+    }
+}

@@ -1,0 +1,243 @@
+//! Crashes at every step, on a real pool.
+
+use crate::{DeviceMapper, metadata::Metadata, pool::Turn, state::State};
+use graphdriver_core::{
+    Access, ByteSize, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Options, Result, mount,
+};
+use std::{cell::Cell, path::Path, process::Command};
+use tempfile::TempDir;
+
+#[allow(dead_code)] // What else it has is for tests that need no guest.
+#[path = "../../../tests/skip/mod.rs"]
+mod skip;
+
+thread_local! {
+    static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// Once no steps are left, nothing is done any more by this thread, cleaning up neither.
+pub(crate) fn step() -> Result<()> {
+    match LEFT.get() {
+        None => Ok(()),
+        Some(0) => Err(Error::new(ErrorKind::Io, "crashed")),
+        Some(left) => {
+            LEFT.set(Some(left - 1));
+            Ok(())
+        }
+    }
+}
+
+/// What `run` gives if the world ends after so many steps; None if it did.
+fn crash_after<T>(steps: u64, run: impl FnOnce() -> T) -> Option<T> {
+    LEFT.set(Some(steps));
+    let done = run();
+    let crashed = LEFT.get() == Some(0);
+    LEFT.set(None);
+    (!crashed).then_some(done)
+}
+
+fn no_devicemapper() -> Option<String> {
+    (!Path::new("/dev/mapper/control").exists()).then(|| "the kernel has no device-mapper".into())
+}
+
+const SIZE: u64 = 32 << 20;
+
+/// Layers of 32 MiB on a small loop pool, all of it gone in the end.
+struct Rig {
+    driver: Option<DeviceMapper>,
+    dir: TempDir,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let dir = TempDir::with_prefix("graphdriver-dm-").unwrap();
+        let mut rig = Rig { driver: None, dir };
+        rig.reopen();
+        rig
+    }
+
+    fn home(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn open(&self) -> Result<DeviceMapper> {
+        let size = SIZE.to_string();
+        let options =
+            [("dm.fs", "ext4"), ("dm.basesize", &size), ("dm.loopdatasize", "1G"), ("dm.loopmetadatasize", "4M")];
+        DeviceMapper::open(self.home(), &Options(options.map(|(n, v)| (n.into(), v.to_owned())).into()))
+    }
+
+    /// As the next process does, where the last one had no time to close it.
+    fn reopen(&mut self) {
+        if let Some(old) = self.driver.take() {
+            crash_after(0, || drop(old));
+        }
+        self.driver = Some(self.open().unwrap());
+    }
+
+    fn driver(&self) -> &DeviceMapper {
+        self.driver.as_ref().unwrap()
+    }
+
+    /// The pool has the thin devices that the state knows, and no others, says our own reader and thin_ls.
+    fn check(&self) -> State {
+        let pool = &self.driver().layers.pool;
+        let mut turn: Turn<'_> = pool.turn().unwrap();
+        turn.ready().unwrap();
+        assert_eq!(turn.state.intent, None);
+        assert_eq!(turn.state.transaction, turn.status().unwrap().transaction);
+        let found = turn.with_metadata(|metadata: &Metadata| Ok(metadata.thin_devices())).unwrap();
+        let state = turn.state.clone();
+        let mut known: Vec<u64> = state.layers.values().map(|layer| layer.thin.into()).collect();
+        known.extend(state.base.iter().map(|base| u64::from(base.thin)));
+        known.sort();
+        assert_eq!(found, known, "thin devices in the pool, and in pool.json");
+        assert_eq!(thin_ls(&turn), known);
+        state
+    }
+
+    fn names(&self, id: LayerId) -> Vec<String> {
+        let root = mount::detached(&self.driver().mount(id, &[], Access::ReadOnly).unwrap()).unwrap();
+        let dir = rustix::fs::openat(&root, ".", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+        let names = rustix::fs::Dir::new(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into());
+        let mut names: Vec<String> = names.filter(|name: &String| !name.starts_with('.')).collect();
+        names.sort();
+        names
+    }
+
+    fn write(&self, id: LayerId, name: &str) {
+        let root = mount::detached(&self.driver().mount(id, &[], Access::ReadWrite).unwrap()).unwrap();
+        let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY;
+        rustix::fs::openat(&root, name, flags, rustix::fs::Mode::RUSR).unwrap();
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        LEFT.set(None);
+        drop(self.driver.take());
+        let Ok(Some(state)) = State::load(self.home()) else { return };
+        let out = Command::new("dmsetup").arg("ls").output().expect("dmsetup is installed");
+        let all = String::from_utf8_lossy(&out.stdout).into_owned();
+        let ours = all.lines().filter_map(|line| line.split_whitespace().next());
+        let mut ours: Vec<_> = ours.filter(|name| name.starts_with(&state.prefix())).collect();
+        ours.sort_by_key(|name| name.ends_with("pool"));
+        for name in ours {
+            let _ = Command::new("dmsetup").args(["remove", "--retry", name]).status();
+        }
+    }
+}
+
+/// The numbers that thin_ls(8) finds in a metadata snapshot.
+fn thin_ls(turn: &Turn<'_>) -> Vec<u64> {
+    let pool = turn.state.pool_name();
+    let message = |text: &str| {
+        assert!(Command::new("dmsetup").args(["message", &pool, "0", text]).status().unwrap().success(), "{text}");
+    };
+    message("reserve_metadata_snap");
+    let kernel = crate::dm::Kernel::open().unwrap();
+    let (metadata, _) = crate::storage::devices(&kernel, &pool).unwrap();
+    let out = Command::new("thin_ls").args(["--no-headers", "-o", "DEV", "-m"]).arg(metadata).output().unwrap();
+    message("release_metadata_snap");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let text = String::from_utf8_lossy(&out.stdout);
+    let mut found: Vec<u64> = text.split_whitespace().map(|number| number.parse().unwrap()).collect();
+    found.sort();
+    found
+}
+
+const A: LayerId = LayerId(1);
+const B: LayerId = LayerId(2);
+
+fn plain() -> LayerOptions {
+    LayerOptions::default()
+}
+
+/// Crashes `run` after every number of steps until it gets through, with what `after` looks at after each crash. Gives how
+/// many crashes there were.
+fn crash_everywhere(rig: &mut Rig, run: impl Fn(&DeviceMapper) -> Result<()>, mut after: impl FnMut(&Rig)) -> u64 {
+    for steps in 0.. {
+        let done = crash_after(steps, || run(rig.driver()));
+        if let Some(done) = done {
+            done.unwrap();
+            return steps;
+        }
+        rig.reopen();
+        rig.check();
+        after(rig);
+    }
+    unreachable!("the steps end")
+}
+
+macro_rules! needs_guest {
+    ($test:literal) => {
+        if skip::skipped_outside_guest($test, no_devicemapper()) {
+            return;
+        }
+    };
+}
+
+#[test]
+fn a_crash_at_any_step_of_making_a_layer_leaks_and_loses_nothing() {
+    needs_guest!("a_crash_at_any_step_of_making_a_layer_leaks_and_loses_nothing");
+    let mut rig = Rig::new();
+    rig.check();
+    // The first one formats the base device, too.
+    let crashes = crash_everywhere(
+        &mut rig,
+        |driver| {
+            driver
+                .create(A, &[], &plain())
+                .or_else(|e| if e.kind() == ErrorKind::AlreadyExists { Ok(()) } else { Err(e) })
+        },
+        |_| {},
+    );
+    assert!(crashes > 20, "{crashes}");
+    rig.write(A, "kept");
+    rig.driver().commit(A).unwrap();
+    let sized = LayerOptions { size: Some(ByteSize(SIZE * 2)), ..plain() };
+    let make = |driver: &DeviceMapper| match driver.create(B, &[A], &sized) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    };
+    let crashes = crash_everywhere(&mut rig, make, |rig| assert_eq!(rig.names(A), ["kept"]));
+    assert!(crashes > 10, "{crashes}");
+    assert_eq!(rig.names(B), ["kept"]);
+    assert_eq!(rig.check().layers.len(), 2);
+    assert_eq!(rig.driver().limits(B).unwrap().size, Some(ByteSize(SIZE * 2)));
+}
+
+#[test]
+fn a_crash_at_any_step_of_commit_or_removal_leaks_and_loses_nothing() {
+    needs_guest!("a_crash_at_any_step_of_commit_or_removal_leaks_and_loses_nothing");
+    let mut rig = Rig::new();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    rig.write(A, "kept");
+    crash_everywhere(&mut rig, |driver| driver.commit(A), |rig| assert_eq!(rig.names(A), ["kept"]));
+    rig.driver().create(B, &[A], &plain()).unwrap();
+    rig.write(B, "more");
+    let crashes = crash_everywhere(&mut rig, |driver| driver.remove(B), |rig| assert_eq!(rig.names(A), ["kept"]));
+    assert!(crashes > 5, "{crashes}");
+    assert_eq!(rig.check().layers.len(), 1);
+    assert_eq!(rig.driver().mount(B, &[A], Access::ReadOnly).unwrap_err().kind(), ErrorKind::NotFound);
+    rig.driver().remove(A).unwrap();
+    assert_eq!(rig.check().layers.len(), 0);
+}
+
+#[test]
+fn a_pool_at_another_transaction_is_refused() {
+    needs_guest!("a_pool_at_another_transaction_is_refused");
+    let mut rig = Rig::new();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let older = State::load(rig.home()).unwrap().unwrap();
+    rig.driver().create(B, &[], &plain()).unwrap();
+    let now = State::load(rig.home()).unwrap().unwrap();
+    crash_after(0, || drop(rig.driver.take()));
+    older.save(rig.home()).unwrap();
+    let e = rig.open().err().expect("a state from a backup is refused");
+    assert_eq!(e.kind(), ErrorKind::Corrupt);
+    assert!(e.to_string().contains("transaction 3") && e.to_string().contains("backup"), "{e}");
+    now.save(rig.home()).unwrap();
+    rig.reopen();
+    rig.check();
+}

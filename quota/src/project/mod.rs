@@ -1,0 +1,256 @@
+//! Project quotas of xfs and ext4.
+//!
+//! Each limited tree, a directory right beneath a *base* directory, is a *project*: a number that all inodes in it carry and
+//! that new ones take from their directory (`FS_XFLAG_PROJINHERIT`, ioctl_xfs_fsgetxattr(2)), and for which the kernel counts
+//! and limits space and inodes (quotactl(2)). Numbers come out of a range. The [ledger](mod@ledger) remembers which tree has
+//! which, so that no two get the same and none is lost in a crash. What has a count or a limit on the filesystem already, or
+//! is named in `/etc/projid` or `/etc/projects`, is nobody's to take.
+//!
+//! # Traps
+//!
+//! * ext4 lets processes with CAP_SYS_RESOURCE exceed limits; xfs does not. Containers have no such capability by default.
+//! * xfs says `ENOSPC`, ext4 `EDQUOT`.
+//! * Files cannot be renamed or linked between projects (`EXDEV`).
+//! * The owner of a file in the initial user namespace may give it another project (`chattr -p`), and so can the root of a
+//!   container that has no user namespace of its own.
+
+mod kernel;
+pub mod ledger;
+mod probe;
+mod tag;
+
+pub use probe::probe;
+pub use tag::Tagged;
+
+use crate::{Quota, State};
+use graphdriver_core::{Context, Error, ErrorKind, Limits, Result};
+use kernel::Kernel;
+use ledger::{Book, Entry, Ledger};
+use rustix::io::Errno;
+use std::{
+    collections::HashSet,
+    ops::RangeInclusive,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+/// Where projects come from if nobody says otherwise: far from what administrators and other programs count up to.
+pub const RANGE: RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
+
+/// What is left to a tree that is as full as it may be, when it is shown again. Overlayfs makes a directory whenever it is
+/// mounted, and shows the tree read-only if it cannot; then nobody could make room. xfs sets aside what the largest
+/// transaction might take.
+const ROOM_BYTES: u64 = 1 << 20;
+const ROOM_INODES: u64 = 8;
+
+/// The project quotas of the trees in one directory.
+#[derive(Debug)]
+pub struct ProjectQuota {
+    base: PathBuf,
+    range: RangeInclusive<u32>,
+    ledger: Ledger,
+    kernel: Kernel,
+}
+
+impl ProjectQuota {
+    /// Of the trees in `base`, which is on a filesystem that [has](probe) them, with projects out of `range`.
+    pub fn open(base: &Path, range: RangeInclusive<u32>) -> Result<ProjectQuota> {
+        Ok(ProjectQuota { base: base.into(), range, ledger: Ledger::new(base), kernel: Kernel::of(base)? })
+    }
+
+    /// Limits the tree `name`, which lies at `dir` for the moment, perhaps not in its place yet. Files that are there already
+    /// are counted too.
+    pub fn set_at(&self, name: &str, dir: &Path, limits: Limits) -> Result<Tagged> {
+        check(name, limits)?;
+        let entry = self.ledger.change(|book| self.enter(book, name, limits))?;
+        let tagged = match entry.ready && self.project_at(dir)? == Some(entry.project) {
+            true => Tagged::default(),
+            false => self.tag(name, dir, entry.project)?,
+        };
+        self.kernel.set(entry.project, limits)?;
+        Ok(tagged)
+    }
+
+    /// Notes what is about to be done.
+    fn enter(&self, book: &mut Book, name: &str, limits: Limits) -> Result<Entry> {
+        let entry = match book.trees.get(name) {
+            Some(entry) => Entry { limits, ..*entry },
+            None => {
+                if book.next == 0 {
+                    book.next = self.anywhere()?;
+                }
+                let named = named_elsewhere();
+                let taken = |project| Ok(named.contains(&project) || self.kernel.get(project)? != State::default());
+                Entry { project: book.free(&self.range, taken)?, limits, ready: false }
+            }
+        };
+        book.trees.insert(name.into(), entry);
+        Ok(entry)
+    }
+
+    /// Where to begin in the range: elsewhere in each base, so that two on one filesystem stay out of each other's way.
+    fn anywhere(&self) -> Result<u32> {
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        let width = u64::from(self.range.end() - self.range.start()) + 1;
+        Ok(self.range.start() + (u64::from_ne_bytes(random) % width) as u32)
+    }
+
+    /// Gives all that is there the project, then notes that it has it.
+    fn tag(&self, name: &str, dir: &Path, project: u32) -> Result<Tagged> {
+        // Overlayfs makes files in the work directory and renames them into others, which must not be in the project first.
+        let parts = ["work", "diff", ""].map(|part| dir.join(part));
+        let mut all = Tagged::default();
+        for part in parts.iter().filter(|part| part.is_dir()) {
+            let tagged = tag::tag(part, project)?;
+            all = Tagged { changed: all.changed + tagged.changed, left_out: tagged.left_out };
+        }
+        self.ledger.change(|book| {
+            if let Some(entry) = book.trees.get_mut(name) {
+                entry.ready = true;
+            }
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Before the tree in its place is shown for writing: finishes what a crash has interrupted, and leaves room in a full
+    /// one for what mounting it takes.
+    pub fn prepare(&self, name: &str) -> Result<()> {
+        let Some(entry) = self.ledger.read()?.trees.get(name).copied() else { return Ok(()) };
+        let dir = self.base.join(name);
+        if !entry.ready || self.project_at(&dir)? != Some(entry.project) {
+            self.tag(name, &dir, entry.project)?;
+        }
+        let found = self.kernel.get(entry.project)?;
+        let room = |limit: Option<u64>, used: u64, room: u64| limit.map(|limit| limit.max(used + room));
+        let size = room(entry.limits.size.map(|size| size.0), found.used.bytes, ROOM_BYTES);
+        let wanted = Limits {
+            size: size.map(graphdriver_core::ByteSize),
+            inodes: room(entry.limits.inodes, found.used.inodes, ROOM_INODES),
+        };
+        if found.limits == wanted { Ok(()) } else { self.kernel.set(entry.project, wanted) }
+    }
+
+    /// The tree is gone, or never came to be: nothing is left of it here. Unknown, it is no error.
+    pub fn forget(&self, name: &str) -> Result<()> {
+        let Some(entry) = self.ledger.read()?.trees.get(name).copied() else { return Ok(()) };
+        self.kernel.set(entry.project, Limits::default())?;
+        self.ledger.change(|book| {
+            book.trees.remove(name);
+            Ok(())
+        })
+    }
+
+    /// Forgets the trees that `gone` says are no more, and finishes what was interrupted in the others. How many were
+    /// forgotten.
+    pub fn reclaim(&self, gone: &dyn Fn(&str) -> bool) -> Result<u64> {
+        let mut forgotten = 0;
+        for (name, entry) in self.ledger.read()?.trees {
+            let dir = self.base.join(&name);
+            if gone(&name) {
+                self.forget(&name)?;
+                forgotten += 1;
+            } else if !entry.ready && dir.is_dir() {
+                self.tag(&name, &dir, entry.project)?;
+            }
+        }
+        Ok(forgotten)
+    }
+
+    fn project_at(&self, dir: &Path) -> Result<Option<u32>> {
+        let project = tag::open_dir(dir).and_then(|dir| tag::project_of(dir.as_fd()));
+        project.doing(|| format!("reading the project of {}", dir.display()))
+    }
+
+    /// All projects of the filesystem that take anything or have a limit, whoever gave them out.
+    pub fn on_filesystem(&self) -> Result<Vec<(u32, State)>> {
+        let mut found = Vec::new();
+        let mut from = 1;
+        while let Some((project, state)) = self.kernel.next(from)? {
+            found.push((project, state));
+            let Some(next) = project.checked_add(1) else { break };
+            from = next;
+        }
+        Ok(found)
+    }
+
+    fn name<'a>(&self, tree: &'a Path) -> Result<&'a str> {
+        let name = tree.strip_prefix(&self.base).ok().and_then(Path::to_str).filter(|name| ledger::is_name(name));
+        name.ok_or_else(|| {
+            let why = format!("{} is no directory right beneath {}", tree.display(), self.base.display());
+            Error::new(ErrorKind::InvalidInput, why)
+        })
+    }
+}
+
+impl Quota for ProjectQuota {
+    fn set(&self, tree: &Path, limits: Limits) -> Result<()> {
+        self.set_at(self.name(tree)?, tree, limits).map(drop).doing(|| format!("limiting {}", tree.display()))
+    }
+
+    fn read(&self, tree: &Path) -> Result<State> {
+        let name = self.name(tree)?;
+        let entry = self.ledger.read()?.trees.get(name).copied();
+        let entry =
+            entry.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} has no project", tree.display())))?;
+        Ok(State { used: self.kernel.get(entry.project)?.used, limits: entry.limits })
+    }
+
+    fn remove(&self, tree: &Path) -> Result<()> {
+        let name = self.name(tree)?;
+        match tag::open_dir(tree) {
+            Err(Errno::NOENT) => {}
+            _ => drop(tag::tag(tree, 0)?),
+        }
+        self.forget(name)
+    }
+
+    fn list(&self) -> Result<Vec<(PathBuf, State)>> {
+        let trees = self.ledger.read()?.trees;
+        let state = |(name, entry): (String, Entry)| {
+            let used = self.kernel.get(entry.project)?.used;
+            Ok((self.base.join(name), State { used, limits: entry.limits }))
+        };
+        trees.into_iter().map(state).collect()
+    }
+}
+
+/// Whether that can be asked for: a limit of nothing would be none to the kernel.
+fn check(name: &str, limits: Limits) -> Result<()> {
+    if !ledger::is_name(name) {
+        return Err(Error::new(ErrorKind::InvalidInput, format!("{name:?} cannot be a tree's name")));
+    }
+    check_limits(limits)
+}
+
+/// Refuses limits of nothing.
+pub fn check_limits(limits: Limits) -> Result<()> {
+    let refuse = |what: &str| {
+        let error = Error::new(ErrorKind::InvalidInput, format!("a limit of 0 {what} lets nothing be written at all"));
+        Err(error.hint("give a larger one, or none"))
+    };
+    match limits {
+        Limits { size: Some(graphdriver_core::ByteSize(0)), .. } => refuse("bytes"),
+        Limits { inodes: Some(0), .. } => refuse("inodes"),
+        _ => Ok(()),
+    }
+}
+
+/// The projects that the administrator has given out: `NAME:PROJECT` in `/etc/projid`, `PROJECT:DIRECTORY` in `/etc/projects`
+/// (projid(5), projects(5)).
+fn named_elsewhere() -> HashSet<u32> {
+    let read = |path| std::fs::read(path).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default();
+    numbers(&read("/etc/projid")).chain(numbers(&read("/etc/projects"))).collect()
+}
+
+/// Numbers alone on a side of the colon.
+fn numbers(text: &str) -> impl Iterator<Item = u32> {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let numbers: Vec<u32> =
+        lines.flat_map(|line| line.split(':')).filter_map(|side| side.trim().parse().ok()).collect();
+    numbers.into_iter()
+}
+
+#[cfg(test)]
+mod tests;
