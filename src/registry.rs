@@ -18,6 +18,8 @@ fn factories() -> Vec<DriverFactory> {
         graphdriver_devicemapper::FACTORY,
         #[cfg(feature = "vfs-fuse")]
         graphdriver_vfs_fuse::FACTORY,
+        #[cfg(feature = "zfs")]
+        graphdriver_zfs::FACTORY,
     ]
 }
 
@@ -70,6 +72,7 @@ fn not_built(name: &str) -> Unmet {
             "apt-get install libdevmapper-dev libclang-dev, then build with --features devicemapper",
         ),
         "vfs-fuse" => ("not built into this graphdriver", "build with --features vfs-fuse"),
+        "zfs" => ("not built into this graphdriver", "build with --features zfs"),
         _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),
     };
     Unmet { missing: missing.into(), remedy: remedy.into() }
@@ -165,6 +168,7 @@ mod tests {
         let no = |name| choose(dir.path(), Some(name), &Options::default()).unwrap_err();
         assert_eq!(no("aufs").kind(), ErrorKind::InvalidInput);
         assert!(no("aufs").to_string().contains("known are overlay2, btrfs"));
+        #[cfg(not(feature = "zfs"))]
         assert_eq!(no("zfs").kind(), ErrorKind::Unsupported);
     }
 

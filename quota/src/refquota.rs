@@ -17,7 +17,7 @@ use std::{
 pub struct RefQuota;
 
 impl Quota for RefQuota {
-    /// ZFS takes no limit below what the dataset refers to already: that much is then the limit, and nothing can be added.
+    /// `Unsupported` too for a limit below what the dataset refers to already, which ZFS does not take.
     fn set(&self, tree: &Path, limits: Limits) -> Result<()> {
         if limits.inodes.is_some() {
             return Err(no_inode_limit());
@@ -31,17 +31,15 @@ impl Quota for RefQuota {
             let why = "a limit of 0 bytes is none for ZFS";
             return Err(Error::new(ErrorKind::InvalidInput, why).hint("the smallest is 1").doing(doing()));
         }
-        let mut least = wanted;
-        // What the dataset refers to can grow between reading and setting it.
-        for _ in 0..10 {
-            match set_property(name, "refquota", &least.to_string()) {
-                Err(e) if e.reason().contains("less than current used") => {
-                    least = wanted.max(numbers(name, &["referenced"])?[0]);
-                }
-                other => return other.doing(doing),
+        match set_property(name, "refquota", &wanted.to_string()) {
+            Err(e) if e.reason().contains("less than current used") => {
+                let taken = numbers(name, &["referenced"])?[0];
+                let why = format!("ZFS takes no limit of {wanted} bytes for what refers to {taken} already");
+                let hint = "remove something from it first, or allow more";
+                Err(Error::new(ErrorKind::Unsupported, why).hint(hint).doing(doing()))
             }
+            other => other.doing(doing),
         }
-        Err(Error::new(ErrorKind::Busy, "it grows faster than it can be limited").hint("try again").doing(doing()))
     }
 
     fn read(&self, tree: &Path) -> Result<State> {

@@ -144,7 +144,7 @@ impl Zfs {
         let found = list(&["origin", "used", "written"], &[&name, &committed])?;
         let of = |wanted: &str| found.iter().find(|row| row.name == wanted).map(|row| &row.values[..]);
         let Some([origin, used, _]) = of(&name) else {
-            return Err(Error::new(ErrorKind::NotFound, format!("layer {id} is not there")));
+            return Err(no_layer(id));
         };
         let frozen = of(&committed).map(|values| number(&values[2])).transpose()?;
         let used = frozen.map_or_else(|| number(used), Ok)?;
@@ -202,13 +202,17 @@ impl Zfs {
     }
 
     fn freeze(&self, id: LayerId) -> Result<()> {
-        let layer = self.layer(id)?;
-        if !layer.committed {
+        let (name, committed) = (self.names.layer(id), self.names.committed(id));
+        let there = self.storage.present(&[&name, &committed])?;
+        if !there.contains(name.as_str()) {
+            return Err(no_layer(id));
+        }
+        if !there.contains(committed.as_str()) {
             self.flush(id)?;
-            self.storage.snapshot(&self.names.committed(id))?;
+            self.storage.snapshot(&committed)?;
         }
         // Who has it mounted still cannot write to what nobody would see.
-        set_property(&self.names.layer(id), "readonly", "on")
+        set_property(&name, "readonly", "on")
     }
 
     /// Has ZFS take what programs wrote through memory maps; a snapshot has only what ZFS knows of.
@@ -228,7 +232,7 @@ impl Zfs {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
         let there = self.storage.present(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
-            return Err(Error::new(ErrorKind::NotFound, format!("layer {id} is not there")));
+            return Err(no_layer(id));
         }
         match (there.contains(committed.as_str()), access) {
             (true, Access::ReadOnly) => Ok(vec![self.head(&committed, true)]),
@@ -420,6 +424,10 @@ impl NativeDiff for Zfs {
         let narrow = self.narrow_layer(id, parents).doing(|| format!("finding out what changed in layer {id}"))?;
         Ok(narrow)
     }
+}
+
+fn no_layer(id: LayerId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("layer {id} is not there"))
 }
 
 /// Unmounting ends some time after the call, and so does a `zfs diff` that somebody killed.

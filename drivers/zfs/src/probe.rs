@@ -20,11 +20,7 @@ pub(crate) fn support(home: &Path, wishes: &Wishes) -> Result<Support> {
         let why = "only root can make and mount datasets";
         return Err(Error::new(ErrorKind::PermissionDenied, why).hint("run as root, or take vfs-fuse"));
     }
-    if !Path::new("/dev/zfs").exists() {
-        return Err(Error::new(ErrorKind::Unsupported, "the kernel has no ZFS: there is no /dev/zfs").hint(
-            "modprobe zfs; if there is no such module: apt-get install zfs-dkms zfsutils-linux (Debian: from contrib)",
-        ));
-    }
+    needs_device(Path::new("/dev/zfs"))?;
     let parent = home::parent_dataset(home, wishes.fsname.as_deref())?;
     check_name(&parent)?;
     let found = list(&["recordsize"], &[&parent])?;
@@ -34,6 +30,17 @@ pub(crate) fn support(home: &Path, wishes: &Wishes) -> Result<Support> {
             .hint(format!("zfs create -p {parent}, or if its pool is not imported: zpool import {pool}")));
     };
     Ok(Support { parent: parent.clone(), recordsize: number(&row.values[0])? })
+}
+
+/// Fails where the kernel's module has not made its device.
+fn needs_device(device: &Path) -> Result<()> {
+    if device.exists() {
+        return Ok(());
+    }
+    let why = format!("the kernel has no ZFS: there is no {}", device.display());
+    Err(Error::new(ErrorKind::Unsupported, why).hint(
+        "modprobe zfs; if there is no such module: apt-get install zfs-dkms zfsutils-linux (Debian: from contrib)",
+    ))
 }
 
 fn refuse_read_only(dataset: &str) -> Result<()> {
@@ -58,4 +65,16 @@ pub(crate) fn probe(home: &Path, options: &Options) -> Result<Support, Unmet> {
         missing: e.reason().into(),
         remedy: e.hint_text().unwrap_or("see zpool status").into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_zfs_is_told_what_brings_it() {
+        let e = needs_device(Path::new("/nowhere/zfs")).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.reason().contains("no ZFS") && e.hint_text().unwrap().contains("modprobe zfs"), "{e}");
+    }
 }

@@ -1,0 +1,312 @@
+//! What is the driver's own, on a pool in a file.
+
+mod common;
+#[path = "../../../tests/skip/mod.rs"]
+#[allow(dead_code)] // All of these need the guest.
+mod skip;
+
+use common::{Place, missing, root_of};
+use graphdriver_core::{
+    Access, ByteSize, Change, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Narrow, Options, Root, mount, walk,
+};
+use graphdriver_quota::{
+    Quota,
+    refquota::{RefQuota, list, zfs},
+};
+use graphdriver_zfs::{FACTORY, Zfs};
+use rustix::io::Errno;
+use std::{
+    fs,
+    io::Write,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+const PLAIN: &LayerOptions = &LayerOptions { size: None, inodes: None, durable: true };
+const BASE: LayerId = LayerId(1);
+const CHILD: LayerId = LayerId(2);
+const MB: u64 = 1_000_000;
+
+macro_rules! in_guest {
+    ($name:literal) => {
+        if skip::skipped_outside_guest($name, missing()) {
+            return;
+        }
+    };
+}
+
+struct Rig {
+    driver: Zfs,
+    place: Place,
+}
+
+/// A detached mount with a path that leads into it.
+struct View(OwnedFd);
+
+impl View {
+    fn path(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd())).join(path)
+    }
+
+    fn write(&self, path: &str, bytes: &[u8]) {
+        fs::write(self.path(path), bytes).unwrap();
+    }
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let place = Place::new().unwrap();
+        Rig { driver: Zfs::open(place.home.path(), &place.options()).unwrap(), place }
+    }
+
+    fn view(&self, id: LayerId, access: Access) -> View {
+        View(mount::detached(&self.driver.mount(id, &[], access).unwrap()).unwrap())
+    }
+
+    /// A committed layer, filled by `fill`.
+    fn base(&self, fill: impl FnOnce(&View)) {
+        self.driver.create(BASE, &[], PLAIN).unwrap();
+        fill(&self.view(BASE, Access::ReadWrite));
+        self.driver.commit(BASE).unwrap();
+    }
+
+    fn changes(&self, narrow: Option<&mut dyn Narrow>) -> Vec<Change> {
+        let [lower, upper] = [BASE, CHILD].map(|id| Root::from_fd(self.view(id, Access::ReadOnly).0));
+        let mut found = Vec::new();
+        let tell = &mut |change| {
+            found.push(change);
+            Ok(())
+        };
+        walk::changes(Some(&lower), &upper, narrow, tell).unwrap();
+        found
+    }
+
+    /// That native diff finds what the walk does; returns whether it narrowed anything.
+    fn check_diff(&self, expected: &[&str]) -> bool {
+        let mut narrow = self.driver.native_diff().unwrap().narrow(CHILD, &[BASE]).unwrap();
+        let (walked, native) = (self.changes(None), self.changes(Some(&mut *narrow)));
+        assert_eq!(walked, native);
+        let paths: Vec<_> = walked.iter().map(|change| change.path.to_str().unwrap()).collect();
+        for path in expected {
+            assert!(paths.contains(path), "{path} is not in {paths:?}");
+        }
+        narrow.candidates(Path::new("")).unwrap() != graphdriver_core::Candidates::All
+    }
+
+    /// Everything below the store's dataset.
+    fn everything(&self) -> Vec<String> {
+        let root = self.driver.dataset();
+        let out = zfs(&["list", "-H", "-r", "-t", "all", "-o", "name", root]).unwrap();
+        out.lines().filter_map(|name| name.strip_prefix(&format!("{root}/")).map(str::to_owned)).collect()
+    }
+}
+
+#[test]
+fn no_dataset_and_no_snapshot_is_left() {
+    in_guest!("no_dataset_and_no_snapshot_is_left");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    let view = rig.view(CHILD, Access::ReadWrite);
+    view.write("g", b"2");
+    assert!(rig.check_diff(&["g"]));
+    drop((rig.view(CHILD, Access::ReadOnly), view));
+    assert_eq!(rig.everything(), ["1", "1@committed", "2", "empty", "empty@committed"]);
+    assert_eq!(rig.driver.create(LayerId(3), &[LayerId(9)], PLAIN).unwrap_err().kind(), ErrorKind::NotFound);
+    let sized = LayerOptions { size: None, inodes: Some(5), durable: true };
+    let e = rig.driver.create(LayerId(3), &[BASE], &sized).unwrap_err();
+    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("per user"), "{e}");
+    assert_eq!(rig.everything().len(), 5);
+    zfs(&["snapshot", &format!("{}/2@somebody-elses", rig.driver.dataset())]).unwrap();
+    rig.driver.remove(CHILD).unwrap();
+    rig.driver.remove(BASE).unwrap();
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+/// `zfs diff` says nothing of `a/stale`: it remembers `b`, where it got the name that it has lost.
+#[test]
+fn native_diff_finds_files_that_zfs_diff_does_not_tell() {
+    in_guest!("native_diff_finds_files_that_zfs_diff_does_not_tell");
+    let rig = Rig::new();
+    rig.base(|view| {
+        fs::create_dir(view.path("a")).unwrap();
+        fs::create_dir(view.path("b")).unwrap();
+        view.write("a/stale", b"1");
+        fs::hard_link(view.path("a/stale"), view.path("b/link")).unwrap();
+        fs::remove_file(view.path("b/link")).unwrap();
+    });
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    rig.view(CHILD, Access::ReadWrite).write("a/stale", b"22");
+    rig.check_diff(&["a/stale"]);
+}
+
+#[test]
+fn native_diff_narrows_and_is_right_about_links_made_above() {
+    in_guest!("native_diff_narrows_and_is_right_about_links_made_above");
+    let rig = Rig::new();
+    rig.base(|view| {
+        for dir in ["a", "b", "c"] {
+            fs::create_dir(view.path(dir)).unwrap();
+            view.write(&format!("{dir}/file"), b"1");
+        }
+        fs::hard_link(view.path("a/file"), view.path("b/other")).unwrap();
+    });
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    let view = rig.view(CHILD, Access::ReadWrite);
+    view.write("c/file", b"22");
+    assert!(rig.check_diff(&["c/file"]));
+    // Its other name is in a directory that does not change.
+    view.write("a/file", b"333");
+    rig.check_diff(&["a/file", "b/other", "c/file"]);
+    // ZFS no longer finds the file, and says that it is gone.
+    fs::hard_link(view.path("a/file"), view.path("c/third")).unwrap();
+    fs::remove_file(view.path("c/third")).unwrap();
+    rig.check_diff(&["a/file", "b/other", "c/file"]);
+    fs::rename(view.path("c"), view.path("d")).unwrap();
+    fs::create_dir(view.path("c")).unwrap();
+    rig.check_diff(&["c/file", "d", "d/file"]);
+}
+
+#[test]
+fn what_is_mounted_is_not_removed_and_stays_whole() {
+    in_guest!("what_is_mounted_is_not_removed_and_stays_whole");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    let held = rig.view(BASE, Access::ReadOnly);
+    assert_eq!(rig.driver.remove(BASE).unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(rig.everything(), ["1", "1@committed", "empty", "empty@committed"]);
+    drop(held);
+    assert_eq!(fs::read(rig.view(BASE, Access::ReadOnly).path("f")).unwrap(), b"1");
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    let held = rig.view(CHILD, Access::ReadWrite);
+    assert_eq!(rig.driver.remove(CHILD).unwrap_err().kind(), ErrorKind::Busy);
+    held.write("f", b"2");
+    assert_eq!(rig.driver.remove(BASE).unwrap_err().kind(), ErrorKind::Busy, "it has a child");
+    drop(held);
+    rig.driver.remove(CHILD).unwrap();
+    rig.driver.remove(BASE).unwrap();
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+#[test]
+fn a_layer_is_shown_writable_and_read_only_at_once_and_frozen_under_its_writer() {
+    in_guest!("a_layer_is_shown_writable_and_read_only_at_once_and_frozen_under_its_writer");
+    let rig = Rig::new();
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    let (reader, writer) = (rig.view(BASE, Access::ReadOnly), rig.view(BASE, Access::ReadWrite));
+    writer.write("f", b"1");
+    assert_eq!(fs::read(reader.path("f")).unwrap(), b"1");
+    let refused = |view: &View| fs::write(view.path("g"), b"2").unwrap_err().raw_os_error();
+    assert_eq!(refused(&reader), Some(Errno::ROFS.raw_os_error()));
+    rig.driver.commit(BASE).unwrap();
+    assert_eq!(refused(&writer), Some(Errno::ROFS.raw_os_error()));
+}
+
+#[test]
+fn a_size_is_what_the_layer_takes_besides_its_parent() {
+    in_guest!("a_size_is_what_the_layer_takes_besides_its_parent");
+    let rig = Rig::new();
+    rig.base(|view| view.write("big", &vec![7; 30 * MB as usize]));
+    let size = |bytes| Limits { size: Some(ByteSize(bytes)), inodes: None };
+    let sized = LayerOptions { size: Some(ByteSize(20 * MB)), inodes: None, durable: true };
+    rig.driver.create(CHILD, &[BASE], &sized).unwrap();
+    assert_eq!(rig.driver.limits(CHILD).unwrap(), size(20 * MB));
+    // Several times as much as would fit: ZFS stops a writer some seconds late.
+    let view = rig.view(CHILD, Access::ReadWrite);
+    let mut file = fs::File::create(view.path("f")).unwrap();
+    let piece = vec![3; MB as usize];
+    let refused = (0..200).find_map(|_| file.write_all(&piece).and_then(|()| file.sync_data()).err());
+    assert_eq!(refused.and_then(|e| e.raw_os_error()), Some(Errno::DQUOT.raw_os_error()));
+    let written = file.metadata().unwrap().len();
+    assert!((15 * MB..30 * MB).contains(&written), "{written} bytes were written");
+    rig.driver.set_limits(CHILD, size(100 * MB)).unwrap();
+    assert_eq!(rig.driver.limits(CHILD).unwrap(), size(100 * MB));
+    file.write_all(&piece).and_then(|()| file.sync_data()).unwrap();
+    let e = rig.driver.set_limits(CHILD, size(MB)).unwrap_err();
+    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("already"), "{e}");
+    assert_eq!(rig.driver.limits(CHILD).unwrap(), size(100 * MB));
+    rig.driver.set_limits(CHILD, Limits::default()).unwrap();
+    assert_eq!(rig.driver.limits(CHILD).unwrap(), Limits::default());
+    file.write_all(&piece).unwrap();
+    assert_eq!(rig.driver.set_limits(BASE, size(MB)).unwrap_err().kind(), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn datasets_are_limited_read_and_listed() {
+    in_guest!("datasets_are_limited_read_and_listed");
+    let place = Place::new().unwrap();
+    let tree = Path::new(&place.dataset);
+    let limits = Limits { size: Some(ByteSize(9 * MB)), inodes: None };
+    RefQuota.set(tree, limits).unwrap();
+    let state = RefQuota.read(tree).unwrap();
+    assert_eq!(state.limits, limits);
+    assert!(state.used.bytes > 0 && state.used.inodes > 0);
+    assert!(RefQuota.list().unwrap().iter().any(|(path, state)| path == tree && state.limits == limits));
+    RefQuota.remove(tree).unwrap();
+    assert_eq!(RefQuota.read(tree).unwrap().limits, Limits::default());
+    RefQuota.remove(&tree.join("gone")).unwrap();
+    assert_eq!(RefQuota.read(&tree.join("gone")).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn what_was_begun_when_the_store_was_made_is_finished() {
+    in_guest!("what_was_begun_when_the_store_was_made_is_finished");
+    let rig = Rig::new();
+    let root = root_of(rig.place.home.path()).unwrap();
+    let again = || Zfs::open(rig.place.home.path(), &rig.place.options());
+    for gone in [vec!["empty@committed"], vec!["empty@committed", "empty"]] {
+        gone.iter().for_each(|name| drop(zfs(&["destroy", &format!("{root}/{name}")]).unwrap()));
+        let making = format!("graphdriver zfs 1\nmaking {root}\n");
+        fs::write(rig.place.home.path().join("version"), making).unwrap();
+        assert_eq!(again().unwrap().dataset(), root);
+        assert_eq!(root_of(rig.place.home.path()).unwrap(), root);
+        assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+    }
+    let row = list(&["atime", "xattr", "acltype", "mountpoint"], &[&root]).unwrap().remove(0);
+    assert_eq!((row.values[0].as_str(), row.values[2].as_str(), row.values[3].as_str()), ("off", "posix", "legacy"));
+    // Layers that are lost are not silently none.
+    zfs(&["destroy", "-r", &root]).unwrap();
+    let e = again().unwrap_err();
+    assert!(e.kind() == ErrorKind::NotFound && e.to_string().contains("zpool import"), "{e}");
+}
+
+#[test]
+fn another_dataset_is_refused_and_what_is_missing_is_named() {
+    in_guest!("another_dataset_is_refused_and_what_is_missing_is_named");
+    let rig = Rig::new();
+    let with = |name: &str| Options(vec![("zfs.fsname".into(), name.into())]);
+    let (pool, _) = rig.place.dataset.split_once('/').unwrap();
+    let e = Zfs::open(rig.place.home.path(), &with(pool)).unwrap_err();
+    assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains(&rig.place.dataset), "{e}");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let unmet = (FACTORY.probe)(elsewhere.path(), &with("nosuchpool/x")).unwrap_err();
+    assert!(unmet.missing.contains("nosuchpool/x") && unmet.remedy.contains("zpool import nosuchpool"), "{unmet:?}");
+    let unmet = (FACTORY.probe)(elsewhere.path(), &Options::default()).unwrap_err();
+    assert!(unmet.missing.contains("not on ZFS") && unmet.remedy.contains("zfs.fsname"), "{unmet:?}");
+    (FACTORY.probe)(elsewhere.path(), &with(pool)).unwrap();
+    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0, "a probe leaves nothing");
+}
+
+#[test]
+fn the_dataset_that_holds_the_data_root_is_found() {
+    in_guest!("the_dataset_that_holds_the_data_root_is_found");
+    let place = Place::new().unwrap();
+    // In a mount namespace of the thread's own, which takes the mount with it.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).unwrap();
+            let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).unwrap();
+            zfs(&["set", "mountpoint=legacy", &place.dataset]).unwrap();
+            let dir = place.home.path().join("data");
+            fs::create_dir(&dir).unwrap();
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount(&place.dataset, &dir, "zfs", flags, None).unwrap();
+            let driver = Zfs::open(&dir.join("home"), &Options::default()).unwrap();
+            assert!(driver.dataset().starts_with(&format!("{}/graphdriver-", place.dataset)), "{}", driver.dataset());
+            driver.create(BASE, &[], PLAIN).unwrap();
+            driver.remove(BASE).unwrap();
+            mount::unmount(&dir, false).unwrap();
+        });
+    });
+}
