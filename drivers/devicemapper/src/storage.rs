@@ -49,7 +49,7 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
             Ok(state(Storage::Loop { data: *data, metadata: *metadata }, block, 0))
         }
         From::Devices { data, metadata } => {
-            refuse_signature(data)?;
+            refuse_signature(data).map_err(|e| e.hint(wipe(data)))?;
             refuse_used_metadata(metadata)?;
             Ok(state(Storage::Devices { data: data.clone(), metadata: metadata.clone() }, block, 0))
         }
@@ -87,15 +87,17 @@ fn signature(device: &Path) -> Result<Option<String>> {
 fn refuse_signature(device: &Path) -> Result<()> {
     match signature(device)? {
         None => Ok(()),
-        Some(what) => {
-            let why = format!("{} has {what} on it", device.display());
-            Err(Error::new(ErrorKind::InvalidInput, why).hint(format!("wipefs -a {} destroys that", device.display())))
-        }
+        Some(what) => Err(Error::new(ErrorKind::InvalidInput, format!("{} has {what} on it", device.display()))),
     }
 }
 
+/// What makes a device acceptable that is none of ours.
+fn wipe(device: &Path) -> String {
+    format!("wipefs -a {} destroys that", device.display())
+}
+
 fn refuse_used_metadata(device: &Path) -> Result<()> {
-    refuse_signature(device)?;
+    refuse_signature(device).map_err(|e| e.hint(wipe(device)))?;
     let mut start = [0; 4096];
     open_device(device, false)?.read_exact_at(&mut start, 0).doing(|| format!("reading {}", device.display()))?;
     match start.iter().all(|byte| *byte == 0) {

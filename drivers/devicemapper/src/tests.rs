@@ -153,10 +153,16 @@ fn plain() -> LayerOptions {
     LayerOptions::default()
 }
 
-/// Crashes `run` after every number of steps until it gets through, with what `after` looks at after each crash. Gives how
-/// many crashes there were.
-fn crash_everywhere(rig: &mut Rig, run: impl Fn(&DeviceMapper) -> Result<()>, mut after: impl FnMut(&Rig)) -> u64 {
+/// For every number of steps: puts things in order, and crashes `run` after so many, until it gets through. What `after`
+/// looks at has to hold after each crash. Gives how many crashes there were.
+fn crash_everywhere(
+    rig: &mut Rig,
+    prepare: impl Fn(&mut Rig),
+    run: impl Fn(&DeviceMapper) -> Result<()>,
+    after: impl Fn(&Rig),
+) -> u64 {
     for steps in 0.. {
+        prepare(rig);
         let done = crash_after(steps, || run(rig.driver()));
         if let Some(done) = done {
             done.unwrap();
@@ -182,25 +188,23 @@ fn a_crash_at_any_step_of_making_a_layer_leaks_and_loses_nothing() {
     needs_guest!("a_crash_at_any_step_of_making_a_layer_leaks_and_loses_nothing");
     let mut rig = Rig::new();
     rig.check();
-    // The first one formats the base device, too.
-    let crashes = crash_everywhere(
-        &mut rig,
-        |driver| {
-            driver
-                .create(A, &[], &plain())
-                .or_else(|e| if e.kind() == ErrorKind::AlreadyExists { Ok(()) } else { Err(e) })
-        },
-        |_| {},
-    );
+    let close = |rig: &mut Rig| {
+        rig.driver().remove(A).unwrap();
+        // Closed in order and without layers, it forgets the formatted device.
+        rig.driver = None;
+        rig.reopen();
+    };
+    let crashes = crash_everywhere(&mut rig, close, |driver| driver.create(A, &[], &plain()), |_| {});
     assert!(crashes > 20, "{crashes}");
     rig.write(A, "kept");
     rig.driver().commit(A).unwrap();
     let sized = LayerOptions { size: Some(ByteSize(SIZE * 2)), ..plain() };
-    let make = |driver: &DeviceMapper| match driver.create(B, &[A], &sized) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    };
-    let crashes = crash_everywhere(&mut rig, make, |rig| assert_eq!(rig.names(A), ["kept"]));
+    let crashes = crash_everywhere(
+        &mut rig,
+        |rig| rig.driver().remove(B).unwrap(),
+        |driver| driver.create(B, &[A], &sized),
+        |rig| assert_eq!(rig.names(A), ["kept"]),
+    );
     assert!(crashes > 10, "{crashes}");
     assert_eq!(rig.names(B), ["kept"]);
     assert_eq!(rig.check().layers.len(), 2);
@@ -213,11 +217,15 @@ fn a_crash_at_any_step_of_commit_or_removal_leaks_and_loses_nothing() {
     let mut rig = Rig::new();
     rig.driver().create(A, &[], &plain()).unwrap();
     rig.write(A, "kept");
-    crash_everywhere(&mut rig, |driver| driver.commit(A), |rig| assert_eq!(rig.names(A), ["kept"]));
-    rig.driver().create(B, &[A], &plain()).unwrap();
-    rig.write(B, "more");
-    let crashes = crash_everywhere(&mut rig, |driver| driver.remove(B), |rig| assert_eq!(rig.names(A), ["kept"]));
+    let kept = |rig: &Rig| assert_eq!(rig.names(A), ["kept"]);
+    let crashes = crash_everywhere(&mut rig, |_| {}, |driver| driver.commit(A), kept);
     assert!(crashes > 5, "{crashes}");
+    let made = |rig: &mut Rig| match rig.driver().create(B, &[A], &plain()) {
+        Ok(()) => rig.write(B, "more"),
+        Err(e) => assert_eq!(e.kind(), ErrorKind::AlreadyExists, "{e}"),
+    };
+    let crashes = crash_everywhere(&mut rig, made, |driver| driver.remove(B), kept);
+    assert!(crashes > 10, "{crashes}");
     assert_eq!(rig.check().layers.len(), 1);
     assert_eq!(rig.driver().mount(B, &[A], Access::ReadOnly).unwrap_err().kind(), ErrorKind::NotFound);
     rig.driver().remove(A).unwrap();

@@ -55,6 +55,15 @@ impl Rig {
         Ok(rig)
     }
 
+    /// On what the options say.
+    pub fn on_devices(options: &[(&str, &str)]) -> Result<Rig> {
+        let dir = tempfile::Builder::new().prefix("graphdriver-dm-").tempdir()?;
+        let options = Options(options.iter().copied().map(owned).collect());
+        let mut rig = Rig { driver: None, options, given: None, dir };
+        rig.reopen()?;
+        Ok(rig)
+    }
+
     pub fn driver(&self) -> &DeviceMapper {
         self.driver.as_ref().expect("reopen puts it back")
     }
@@ -121,7 +130,7 @@ impl Drop for Rig {
 /// A thin pool made by hand, on two loop devices.
 pub struct GivenPool {
     pub name: String,
-    loops: Vec<String>,
+    _loops: [LoopDevice; 2],
 }
 
 impl GivenPool {
@@ -129,14 +138,14 @@ impl GivenPool {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("gdtest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let loops =
-            [("given-metadata", metadata), ("given-data", data)].map(|(file, size)| loop_device(dir, file, size));
+            [("given-metadata", metadata), ("given-data", data)].map(|(file, size)| LoopDevice::new(dir, file, size));
         let table = format!(
             "0 {} thin-pool {} {} 128 0 2 skip_block_zeroing error_if_no_space",
             data / 512,
-            loops[0],
-            loops[1]
+            loops[0].path(),
+            loops[1].path()
         );
-        let pool = GivenPool { name, loops: loops.into() };
+        let pool = GivenPool { name, _loops: loops };
         run(&["dmsetup", "create", &pool.name, "--table", &table]);
         pool
     }
@@ -145,17 +154,28 @@ impl GivenPool {
 impl Drop for GivenPool {
     fn drop(&mut self) {
         remove_device(&self.name);
-        for device in &self.loops {
-            let _ = Command::new("losetup").args(["-d", device]).status();
-        }
     }
 }
 
 /// A loop device of a new sparse file.
-pub fn loop_device(dir: &Path, file: &str, size: u64) -> String {
-    let path = dir.join(file);
-    std::fs::File::create(&path).and_then(|file| file.set_len(size)).unwrap();
-    run(&["losetup", "-f", "--show", path.to_str().unwrap()]).trim().to_owned()
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    pub fn new(dir: &Path, file: &str, size: u64) -> LoopDevice {
+        let path = dir.join(file);
+        std::fs::File::create(&path).and_then(|file| file.set_len(size)).unwrap();
+        LoopDevice(run(&["losetup", "-f", "--show", path.to_str().unwrap()]).trim().to_owned())
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
 }
 
 /// What the program prints; it has to succeed.

@@ -1,0 +1,354 @@
+//! What is this driver's own: space, limits, full pools, devices of several kinds, who has what active.
+
+mod common;
+#[path = "../../../tests/skip/mod.rs"]
+#[allow(dead_code)] // What else it has is for tests that need no guest.
+mod skip;
+
+use common::{BASE_SIZE, Pool, Rig, no_devicemapper, run};
+use graphdriver_core::{
+    Access, ByteSize, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
+};
+use graphdriver_devicemapper::{DeviceMapper, FACTORY};
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+};
+use std::{
+    fs::File,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    path::Path,
+};
+
+macro_rules! needs_guest {
+    ($test:literal) => {
+        if skip::skipped_outside_guest($test, no_devicemapper()) {
+            return;
+        }
+    };
+}
+
+const A: LayerId = LayerId(1);
+const B: LayerId = LayerId(2);
+const C: LayerId = LayerId(3);
+const MIB: u64 = 1 << 20;
+const XFS: (&str, &str) = ("dm.fs", "xfs");
+/// Small, and made fast.
+const EXT4: &[(&str, &str)] = &[("dm.fs", "ext4"), ("dm.basesize", "64M")];
+
+fn plain() -> LayerOptions {
+    LayerOptions::default()
+}
+
+fn sized(bytes: u64) -> LayerOptions {
+    LayerOptions { size: Some(ByteSize(bytes)), ..plain() }
+}
+
+fn kind<T>(result: Result<T>) -> ErrorKind {
+    result.err().expect("this must be refused").kind()
+}
+
+fn show(rig: &Rig, id: LayerId, access: Access) -> OwnedFd {
+    mount::detached(&rig.driver().mount(id, &[], access).unwrap()).unwrap()
+}
+
+/// Writes random bytes and waits until they are on the pool.
+fn fill(root: &OwnedFd, name: &str, bytes: u64) -> std::io::Result<()> {
+    let flags = OFlags::CREATE | OFlags::RDWR;
+    let file = File::from(rustix::fs::openat(root, name, flags, Mode::RUSR | Mode::WUSR)?);
+    let piece: Vec<u8> = (0..MIB).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    (0..bytes / MIB).try_for_each(|n| file.write_all_at(&piece, n * MIB))?;
+    file.sync_all()
+}
+
+fn read(rig: &Rig, id: LayerId, name: &str) -> std::io::Result<u64> {
+    let root = show(rig, id, Access::ReadOnly);
+    let mut file = File::from(rustix::fs::openat(&root, name, OFlags::RDONLY, Mode::empty())?);
+    std::io::copy(&mut file, &mut std::io::sink())
+}
+
+fn full(result: std::io::Result<()>) -> bool {
+    matches!(result.map_err(|e| e.raw_os_error()), Err(Some(e)) if e == Errno::NOSPC.raw_os_error() || e == Errno::IO.raw_os_error())
+}
+
+fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn a_host_without_device_mapper_is_told_what_is_missing() {
+    if no_devicemapper().is_none() {
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let unmet = (FACTORY.probe)(&home.path().join("home"), &Options::default()).unwrap_err();
+    let root = rustix::process::geteuid().is_root();
+    let (missing, remedy) = if root { ("no device-mapper", "modprobe dm_thin_pool") } else { ("root", "root") };
+    assert!(unmet.missing.contains(missing) && unmet.remedy.contains(remedy), "{unmet:?}");
+    let e = DeviceMapper::open(&home.path().join("home"), &Options::default()).err().unwrap();
+    assert!(e.to_string().contains("CONFIG_DM_THIN_PROVISIONING"), "{e}");
+    assert!(!home.path().join("home").exists(), "a refused opening leaves nothing");
+}
+
+#[test]
+fn removed_layers_give_the_loop_files_space_back() {
+    needs_guest!("removed_layers_give_the_loop_files_space_back");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let data = rig.home().join("data");
+    let before = allocated(&data);
+    fill(&show(&rig, A, Access::ReadWrite), "big", 40 * MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    assert!(allocated(&data) > before + 40 * MIB);
+    rig.driver().remove(A).unwrap();
+    assert!(allocated(&data) <= before + MIB, "{} bytes, and {before} before", allocated(&data));
+    rig.close();
+    assert!(allocated(&data) < MIB, "without layers even the formatted device is gone: {}", allocated(&data));
+    assert_eq!(rig.devices(), [""; 0], "and the pool sleeps");
+    rig.reopen_with("dm.blkdiscard", "false").unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "big", 40 * MIB).unwrap();
+    rig.driver().remove(A).unwrap();
+    assert!(allocated(&data) > 40 * MIB, "unless the user wants the space kept");
+}
+
+#[test]
+fn devices_sleep_when_nobody_uses_them() {
+    needs_guest!("devices_sleep_when_nobody_uses_them");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let awake = |rig: &Rig| rig.devices().len() - 1;
+    assert_eq!(awake(&rig), 0);
+    let shown = show(&rig, A, Access::ReadWrite);
+    rig.driver().release(A).unwrap();
+    assert_eq!(awake(&rig), 1, "it is mounted");
+    drop(shown);
+    rig.driver().release(A).unwrap();
+    assert_eq!(awake(&rig), 0);
+    drop(show(&rig, A, Access::ReadWrite));
+    assert_eq!(awake(&rig), 1);
+    // Another process opens and closes the pool meanwhile, and this one may be about to mount.
+    let other = DeviceMapper::open(&rig.home(), &Options::default()).unwrap();
+    drop(other);
+    assert_eq!(awake(&rig), 1);
+    rig.close();
+    assert_eq!(awake(&rig), 0);
+    rig.reopen_with("dm.use_deferred_removal", "true").unwrap();
+    let shown = show(&rig, A, Access::ReadWrite);
+    rig.driver().release(A).unwrap();
+    assert_eq!(awake(&rig), 1);
+    fill(&show(&rig, A, Access::ReadWrite), "f", MIB).unwrap();
+    drop(shown);
+    assert_eq!(awake(&rig), 1, "mounting again took the removal back");
+    let shown = show(&rig, A, Access::ReadWrite);
+    rig.driver().release(A).unwrap();
+    drop(shown);
+    assert_eq!(awake(&rig), 0, "gone with its last user");
+}
+
+#[test]
+fn a_mounted_layer_is_busy_or_removed_later() {
+    needs_guest!("a_mounted_layer_is_busy_or_removed_later");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let shown = show(&rig, A, Access::ReadWrite);
+    assert_eq!(kind(rig.driver().remove(A)), ErrorKind::Busy);
+    assert_eq!(kind(rig.driver().commit(A)), ErrorKind::Busy);
+    fill(&shown, "still", MIB).unwrap();
+    drop(shown);
+    rig.driver().release(A).unwrap();
+    rig.reopen_with("dm.use_deferred_removal", "true").unwrap();
+    rig.reopen_with("dm.use_deferred_deletion", "true").unwrap();
+    let shown = show(&rig, A, Access::ReadWrite);
+    rig.driver().remove(A).unwrap();
+    assert_eq!(kind(rig.driver().mount(A, &[], Access::ReadOnly)), ErrorKind::NotFound);
+    fill(&shown, "on", MIB).unwrap();
+    drop(shown);
+    rig.reopen().unwrap();
+    assert_eq!(rig.state()["layers"], serde_json::json!({}));
+}
+
+#[test]
+fn layers_grow_and_never_shrink() {
+    needs_guest!("layers_grow_and_never_shrink");
+    for fs in [XFS, ("dm.fs", "ext4")] {
+        let rig = Rig::new(Pool::Loop, &[fs]).unwrap();
+        let driver = rig.driver();
+        driver.create(A, &[], &plain()).unwrap();
+        driver.commit(A).unwrap();
+        assert_eq!(kind(driver.create(B, &[A], &sized(BASE_SIZE / 2))), ErrorKind::Unsupported, "{fs:?}");
+        driver.create(B, &[A], &sized(BASE_SIZE * 2)).unwrap();
+        let space = |root: &OwnedFd| rustix::fs::fstatvfs(root).map(|s| s.f_blocks * s.f_frsize).unwrap();
+        let root = show(&rig, B, Access::ReadWrite);
+        let at_first = space(&root);
+        assert!(at_first > BASE_SIZE * 3 / 2, "{fs:?}: {at_first}");
+        driver.set_limits(B, Limits { size: Some(ByteSize(BASE_SIZE * 3)), inodes: None }).unwrap();
+        assert!(space(&root) > at_first + BASE_SIZE / 2, "{fs:?}: it grows while it is mounted");
+        assert_eq!(driver.limits(B).unwrap().size, Some(ByteSize(BASE_SIZE * 3)));
+        for limits in [Limits { size: Some(ByteSize(BASE_SIZE)), inodes: None }, Limits::default()] {
+            assert_eq!(kind(driver.set_limits(B, limits)), ErrorKind::Unsupported);
+        }
+        assert_eq!(kind(driver.set_limits(B, Limits { size: None, inodes: Some(9) })), ErrorKind::Unsupported);
+        drop(root);
+        driver.release(B).unwrap();
+        driver.commit(B).unwrap();
+        driver.create(C, &[B], &plain()).unwrap();
+        assert_eq!(driver.limits(C).unwrap().size, Some(ByteSize(BASE_SIZE * 3)), "a child is as large as its parent");
+    }
+}
+
+#[test]
+fn a_nearly_full_pool_takes_no_more_layers() {
+    needs_guest!("a_nearly_full_pool_takes_no_more_layers");
+    let options =
+        [("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "128M"), ("dm.min_free_space", "40%")];
+    let rig = Rig::new(Pool::Loop, &options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "big", 80 * MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    let e = rig.driver().create(B, &[A], &plain()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::OutOfSpace);
+    for part in ["data are", "% full", "MiB are free", "dm.min_free_space wants 40%"] {
+        assert!(e.to_string().contains(part), "{part}: {e}");
+    }
+    assert_eq!(read(&rig, A, "big").unwrap(), 80 * MIB);
+    rig.driver().remove(A).unwrap();
+    rig.driver().create(B, &[], &plain()).unwrap();
+}
+
+#[test]
+fn a_full_pool_refuses_writers_and_damages_nothing() {
+    needs_guest!("a_full_pool_refuses_writers_and_damages_nothing");
+    let options = [("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "96M"), ("dm.min_free_space", "0%")];
+    let mut rig = Rig::new(Pool::Loop, &options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", 20 * MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.driver().create(B, &[A], &plain()).unwrap();
+    assert!(full(fill(&show(&rig, B, Access::ReadWrite), "big", 100 * MIB)));
+    rig.driver().release(B).unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), 20 * MIB);
+    rig.driver().remove(B).unwrap();
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), 20 * MIB);
+    rig.driver().create(C, &[A], &plain()).unwrap();
+    fill(&show(&rig, C, Access::ReadWrite), "again", 10 * MIB).unwrap();
+    rig.driver().commit(C).unwrap();
+    assert_eq!(read(&rig, C, "again").unwrap(), 10 * MIB);
+}
+
+#[test]
+fn full_metadata_are_told_and_what_is_there_stays_readable() {
+    needs_guest!("full_metadata_are_told_and_what_is_there_stays_readable");
+    let options = [
+        ("dm.fs", "ext4"),
+        ("dm.basesize", "1G"),
+        ("dm.loopdatasize", "40G"),
+        ("dm.loopmetadatasize", "2M"),
+        ("dm.min_free_space", "0%"),
+    ];
+    let rig = Rig::new(Pool::Loop, &options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", 4 * MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    let refused = (2..2000).map(LayerId).find_map(|id| {
+        let made = rig.driver().create(id, &[A], &plain());
+        let scattered = made.and_then(|()| {
+            let root = mount::detached(&rig.driver().mount(id, &[], Access::ReadWrite)?)?;
+            let file = File::from(rustix::fs::openat(&root, "f", OFlags::CREATE | OFlags::RDWR, Mode::RUSR)?);
+            // One byte in each block of the pool: as much metadata as so little data can take.
+            (0..800 * MIB).step_by(65536).try_for_each(|at| file.write_all_at(b"x", at))?;
+            Ok(file.sync_all()?)
+        });
+        scattered.err()
+    });
+    let e = refused.expect("2 MiB of metadata are full some time");
+    eprintln!("full: {e:?}");
+    let e = rig.driver().create(LayerId(5000), &[A], &plain()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::OutOfSpace, "{e}");
+    assert!(e.to_string().contains("metadata"), "{e}");
+    assert_eq!(read(&rig, A, "kept").unwrap(), 4 * MIB);
+}
+
+#[test]
+fn a_divided_device_is_refused_with_data_on_it_and_grows_by_itself() {
+    needs_guest!("a_divided_device_is_refused_with_data_on_it_and_grows_by_itself");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    run(&["mkfs.ext4", "-q", "-F", device.path()]);
+    let options = [
+        ("dm.directlvm_device", device.path()),
+        ("dm.fs", "ext4"),
+        ("dm.basesize", "256M"),
+        ("dm.thinp_percent", "40"),
+        ("dm.min_free_space", "0%"),
+    ];
+    let e = Rig::on_devices(&options).err().expect("it has a filesystem on it");
+    assert!(e.to_string().contains("ext4") && e.to_string().contains("dm.directlvm_device_force"), "{e}");
+    let forced = [&options[..], &[("dm.directlvm_device_force", "true")]].concat();
+    let mut rig = Rig::on_devices(&forced).unwrap();
+    let total = |rig: &Rig| {
+        let status = rig.driver().status();
+        status.into_iter().find(|(name, _)| name == "Data Space Total").unwrap().1
+    };
+    assert_eq!(total(&rig), "215MB");
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "big", 180 * MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.driver().create(B, &[A], &plain()).unwrap();
+    assert_eq!(total(&rig), "258MB", "a fifth more, as four fifths were used");
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "big").unwrap(), 180 * MIB);
+    let e = Rig::on_devices(&options).err().expect("it is in use");
+    assert_eq!(e.kind(), ErrorKind::Busy, "{e}");
+}
+
+#[test]
+fn two_devices_make_a_pool_if_they_are_empty() {
+    needs_guest!("two_devices_make_a_pool_if_they_are_empty");
+    let dir = tempfile::tempdir().unwrap();
+    let data = common::LoopDevice::new(dir.path(), "data", 512 * MIB);
+    let metadata = common::LoopDevice::new(dir.path(), "metadata", 8 * MIB);
+    let options = [
+        ("dm.datadev", data.path()),
+        ("dm.metadatadev", metadata.path()),
+        ("dm.fs", "ext4"),
+        ("dm.basesize", "64M"),
+        ("dm.blocksize", "128K"),
+    ];
+    let mut rig = Rig::on_devices(&options).unwrap();
+    assert!(rig.driver().capabilities().write_strategy.to_string().contains("128 KiB"));
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "f", 8 * MIB).unwrap();
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "f").unwrap(), 8 * MIB);
+    assert_eq!(kind(rig.reopen_with("dm.blocksize", "64K")), ErrorKind::InvalidInput);
+    let e = Rig::on_devices(&options).err().expect("it is somebody's metadata");
+    assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
+    assert!(e.to_string().contains("dd if=/dev/zero") || e.to_string().contains("wipefs"), "{e}");
+}
+
+#[test]
+fn a_given_pool_has_to_be_empty_and_loop_files_can_grow() {
+    needs_guest!("a_given_pool_has_to_be_empty_and_loop_files_can_grow");
+    let dir = tempfile::tempdir().unwrap();
+    let given = common::GivenPool::new(dir.path(), 512 * MIB, 8 * MIB);
+    let options = [("dm.thinpooldev", given.name.as_str()), ("dm.fs", "ext4"), ("dm.basesize", "64M")];
+    let rig = Rig::on_devices(&options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let e = Rig::on_devices(&options).err().expect("it has data in it");
+    assert!(e.to_string().contains("in use"), "{e}");
+    assert_eq!(kind(Rig::on_devices(&[("dm.thinpooldev", "no-such-pool")])), ErrorKind::NotFound);
+    drop(rig);
+
+    let mut rig = Rig::new(Pool::Loop, &[EXT4, &[("dm.loopdatasize", "256M")]].concat()).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let total = |rig: &Rig| rig.driver().status().into_iter().find(|(name, _)| name == "Data Space Total").unwrap().1;
+    assert_eq!(total(&rig), "268MB");
+    rig.reopen_with("dm.loopdatasize", "512M").unwrap();
+    assert_eq!(total(&rig), "537MB");
+    assert_eq!(kind(rig.reopen_with("dm.loopdatasize", "128M")), ErrorKind::InvalidInput);
+}
