@@ -62,12 +62,11 @@ impl LayerQuota {
     /// Finds out by trying, in `scratch`, an empty directory of the caller's own beneath `home` or beside it, whether limits
     /// are enforced there. Fails only if the default size asked for cannot be.
     pub fn open(home: &Path, scratch: &Path, wishes: &Wishes, driver: &str) -> Result<LayerQuota> {
-        let probed = probe(scratch, wishes).and_then(|()| Ok(ProjectQuota::open(home, wishes.projects.clone())?));
+        let probed = probe(scratch, wishes).and_then(|()| ProjectQuota::open(home, wishes.projects.clone()));
         let quota =
             LayerQuota { size: wishes.size, projects: probed.map_err(|e| unmet(&e)), ledger: Ledger::new(home) };
-        match wishes.size {
-            Some(_) => quota.enforced().map(drop).doing(|| format!("option {driver}.size"))?,
-            None => {}
+        if wishes.size.is_some() {
+            quota.enforced().doing(|| format!("option {driver}.size"))?;
         }
         Ok(quota)
     }

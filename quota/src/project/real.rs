@@ -311,7 +311,7 @@ fn the_device_is_as_good_as_a_descriptor() {
         let quota = disk.quota(700..=799);
         quota.set(&disk.tree("t"), size(20 * MIB)).unwrap();
         let project = quota.ledger.read().unwrap().trees["t"].project;
-        let device = rustix::fs::stat(&disk.path()).unwrap().st_dev;
+        let device = rustix::fs::stat(disk.path()).unwrap().st_dev;
         let name = format!("/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
         let name = CString::new(name).unwrap();
         let by_device = sys::get_quota(Place::Device(&name), project).unwrap();
