@@ -128,7 +128,13 @@ impl Qgroups {
         }
         let most = limits.size.map_or(UNLIMITED, |size| size.0);
         quota::qgroup_limit(self.fs.as_fd(), id, QgroupLimitFlags::MAX_EXCL, UNLIMITED, most)
-            .map_err(io)
+            .map_err(|e| match io(e) {
+                e if e.raw_os_error() == Some(libc::ENOTCONN) => {
+                    Error::new(ErrorKind::Unsupported, "the filesystem's quotas were turned off")
+                        .hint("turn them on: btrfs quota enable --simple DIR")
+                }
+                e => e.into(),
+            })
             .doing(|| format!("limiting subvolume {id}"))
     }
 
@@ -137,7 +143,8 @@ impl Qgroups {
     pub fn forget(&self, id: u64) -> Result<bool> {
         match quota::qgroup_destroy(self.fs.as_fd(), id).map_err(io) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
-            Err(e) if e.kind() == Io::NotFound => Ok(true),
+            // The second where quotas were turned off meanwhile.
+            Err(e) if [Some(libc::ENOENT), Some(libc::ENOTCONN)].contains(&e.raw_os_error()) => Ok(true),
             done => done.map(|()| true).doing(|| format!("removing qgroup 0/{id}")),
         }
     }

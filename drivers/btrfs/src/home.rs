@@ -75,7 +75,9 @@ impl Home {
 
     /// Makes an active layer whole or not at all.
     pub(crate) fn create(&self, id: LayerId, parents: &[LayerId], limits: Limits, durable: bool) -> Result<()> {
-        let parents = parents.iter().map(|parent| self.layer(*parent)).collect::<Result<Vec<_>>>()?;
+        let parent = parents.first().map(|parent| self.layer(*parent)).transpose()?;
+        // Not all at once: there may be more of them than open files.
+        parents.iter().skip(1).try_for_each(|parent| self.layer(*parent).map(drop))?;
         let exists = || Error::new(ErrorKind::AlreadyExists, "it is there already");
         if self.layer(id).is_ok() {
             return Err(exists());
@@ -84,7 +86,7 @@ impl Home {
         self.remove(id)?;
         let new = format!("new-{id}");
         let made = (|| {
-            self.build(&new, parents.first(), limits)?;
+            self.build(&new, parent.as_ref(), limits)?;
             match subvolume::rename(self.layers(), &new, &id.to_string()) {
                 Err(Errno::EXIST) => Err(exists()),
                 renamed => renamed.doing(|| format!("renaming {new}")),

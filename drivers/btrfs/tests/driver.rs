@@ -230,6 +230,26 @@ fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
 }
 
 #[test]
+fn quotas_turned_off_meanwhile_hinder_nothing_but_limits() {
+    needs!("quotas_turned_off_meanwhile_hinder_nothing_but_limits");
+    let rig = Rig::with(SIMPLE);
+    rig.layer(1, &[], |tree| fs::write(tree.join("f"), vec![1; 100_000]).unwrap());
+    rig.create(2, &[1]);
+    let dir = fs::File::open(&rig.home).unwrap();
+    btrfs_uapi::quota::quota_disable(std::os::fd::AsFd::as_fd(&dir)).unwrap();
+    let size = Limits { size: Some(ByteSize(1 << 24)), inodes: None };
+    let e = rig.driver.set_limits(layer(2), size).unwrap_err();
+    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
+    assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
+    fs::write(rig.view(2, Access::ReadWrite).join("g"), vec![1; 100_000]).unwrap();
+    rig.driver.commit(layer(2)).unwrap();
+    assert!((100_000..200_000).contains(&rig.driver.usage(layer(2)).unwrap().bytes));
+    rig.driver.remove(layer(2)).unwrap();
+    rig.driver.remove(layer(1)).unwrap();
+    rig.assert_nothing_left();
+}
+
+#[test]
 fn usage_reads_nothing_twice_and_stays_what_it_was_at_commit() {
     needs!("usage_reads_nothing_twice_and_stays_what_it_was_at_commit");
     for quota in [SIMPLE, FULL, &[]] {
