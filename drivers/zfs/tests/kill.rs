@@ -80,10 +80,24 @@ fn run_and_kill(place: &Place, first: u64, after: Duration) -> BTreeMap<u64, Str
     thread::sleep(after);
     child.kill().unwrap();
     child.wait().unwrap();
+    wait_for_orphans(&place.dataset);
     let said = reader.join().unwrap().unwrap();
     assert!(!said.contains("panicked"), "it failed by itself:\n{said}");
     let words = said.lines().filter_map(|line| line.split_once(' '));
     words.filter_map(|(word, id)| Some((id.parse().ok()?, word.to_owned()))).collect()
+}
+
+/// A zfs command that the killed process had started goes on by itself, for as long as its system call takes.
+fn wait_for_orphans(dataset: &str) {
+    let running = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .map(|process| fs::read(process.path().join("cmdline")).unwrap_or_default())
+            .any(|command| command.starts_with(b"zfs\0") && String::from_utf8_lossy(&command).contains(dataset))
+    };
+    while running() {
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// What the store does with the intents of a process that is gone; afterwards the layers that are counted on.
@@ -121,7 +135,7 @@ fn a_killed_process_leaves_what_is_counted_on_and_nothing_else() {
     let (mut next, mut random, mut met) = (2, 0x9E37_79B9_7F4A_7C15_u64, BTreeMap::<String, u32>::new());
     for round in 0..ROUNDS {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let last = run_and_kill(&place, next, Duration::from_millis(200 + (random >> 33) % 2500));
+        let last = run_and_kill(&place, next, Duration::from_millis(300 + (random >> 33) % 5000));
         next = last.keys().last().map_or(next, |id| id + 1);
         *met.entry(last.values().last().cloned().unwrap_or_default()).or_default() += 1;
         let driver = open();

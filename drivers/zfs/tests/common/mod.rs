@@ -106,6 +106,7 @@ impl Drop for Place {
 }
 
 /// The store's dataset of a data directory, as its `version` says.
+#[allow(dead_code)] // Not all test binaries that share this look.
 pub fn root_of(home: &Path) -> Result<String> {
     let text = fs::read_to_string(home.join("version")).doing(|| "reading version")?;
     let line = text.lines().find_map(|line| line.strip_prefix("dataset "));
