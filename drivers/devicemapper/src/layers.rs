@@ -47,10 +47,14 @@ impl Layers {
     /// Removes the devices that a crash left active, and wakes those it left suspended.
     fn put_to_sleep(&self, turn: &Turn<'_>) -> Result<()> {
         let prefix = turn.state.prefix();
+        let ours = self.pool.held_now();
         for name in self.pool.kernel.list(&prefix)? {
             let Ok(id) = name[prefix.len()..].parse::<LayerId>() else { continue };
             if self.pool.kernel.info(&name)?.is_some_and(|info| info.suspended && info.live) {
                 self.pool.kernel.resume(&name)?;
+            }
+            if ours.contains(&id) {
+                continue;
             }
             if let Err(e) = turn.deactivate(id) {
                 tracing::debug!("device {name} stays active: {e}");
@@ -410,7 +414,7 @@ impl Layers {
         let mut lines = vec![
             ("Pool Name", state.pool_name()),
             ("Pool Blocksize", ByteSize(state.block).to_string()),
-            ("Pool Storage", describe(&state.storage)),
+            ("Pool Storage", state.storage.to_string()),
             ("Base Device Size", ByteSize(wishes.base_size).to_string()),
             ("Backing Filesystem", filesystem::choose(wishes.fs)?.to_string()),
             ("Data Space Used", bytes(status.data.used, state.block)),
@@ -457,15 +461,6 @@ fn warn_of_loop(state: &State) {
     static ONCE: std::sync::Once = std::sync::Once::new();
     if let Storage::Loop { .. } = state.storage {
         ONCE.call_once(|| tracing::warn!("devicemapper: {LOOP_WARNING}"));
-    }
-}
-
-fn describe(storage: &Storage) -> String {
-    match storage {
-        Storage::Loop { .. } => "loop files".into(),
-        Storage::Devices { data, metadata } => format!("{} and {}", data.display(), metadata.display()),
-        Storage::Direct { device, .. } => device.display().to_string(),
-        Storage::Given { .. } => "a given pool".into(),
     }
 }
 
