@@ -213,7 +213,7 @@ impl Layers {
         }
         let all_inodes = match layer.written {
             true => self.settle(id, &layer)?,
-            false => layer.inodes,
+            false => untouched(&layer),
         };
         let mut turn = self.pool.turn()?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
@@ -259,7 +259,7 @@ impl Layers {
                 let node = self.pool.turn()?.activate(id)?;
                 filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
             }
-            false => layer.inodes,
+            false => untouched(&layer),
         };
         let mut turn = self.pool.turn()?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
@@ -462,6 +462,11 @@ fn warn_of_loop(state: &State) {
     if let Storage::Loop { .. } = state.storage {
         ONCE.call_once(|| tracing::warn!("devicemapper: {LOOP_WARNING}"));
     }
+}
+
+/// The inodes of a layer to which nothing was written. The root of one without parents is its own.
+fn untouched(layer: &Layer) -> u64 {
+    layer.inodes + u64::from(layer.parent.is_none())
 }
 
 fn base_name(state: &State) -> String {

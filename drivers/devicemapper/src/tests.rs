@@ -233,6 +233,26 @@ fn a_crash_at_any_step_of_commit_or_removal_leaks_and_loses_nothing() {
 }
 
 #[test]
+fn a_crash_at_any_step_of_growing_leaves_no_device_suspended() {
+    needs_guest!("a_crash_at_any_step_of_growing_leaves_no_device_suspended");
+    let mut rig = Rig::new();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let size = Cell::new(SIZE);
+    let limits = || Limits { size: Some(ByteSize(size.get())), inodes: None };
+    let crashes = crash_everywhere(
+        &mut rig,
+        |_| size.set(size.get() + SIZE),
+        |driver| driver.set_limits(A, limits()),
+        |rig| rig.write(A, "on"),
+    );
+    assert!(crashes > 8, "{crashes}");
+    assert_eq!(rig.driver().limits(A).unwrap(), limits());
+    let root = mount::detached(&rig.driver().mount(A, &[], Access::ReadOnly).unwrap()).unwrap();
+    let space = rustix::fs::fstatvfs(&root).unwrap();
+    assert!(space.f_blocks * space.f_frsize > size.get() / 2, "the filesystem has grown with its device");
+}
+
+#[test]
 fn a_pool_at_another_transaction_is_refused() {
     needs_guest!("a_pool_at_another_transaction_is_refused");
     let mut rig = Rig::new();
