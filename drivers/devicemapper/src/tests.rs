@@ -2,7 +2,7 @@
 
 use crate::{DeviceMapper, metadata::Metadata, pool::Turn, state::State};
 use graphdriver_core::{
-    Access, ByteSize, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Options, Result, mount,
+    Access, ByteSize, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
 };
 use std::{cell::Cell, path::Path, process::Command};
 use tempfile::TempDir;
