@@ -47,10 +47,14 @@ impl Layers {
     /// Removes the devices that a crash left active, and wakes those it left suspended.
     fn put_to_sleep(&self, turn: &Turn<'_>) -> Result<()> {
         let prefix = turn.state.prefix();
+        let ours = self.pool.held_now();
         for name in self.pool.kernel.list(&prefix)? {
             let Ok(id) = name[prefix.len()..].parse::<LayerId>() else { continue };
             if self.pool.kernel.info(&name)?.is_some_and(|info| info.suspended && info.live) {
                 self.pool.kernel.resume(&name)?;
+            }
+            if ours.contains(&id) {
+                continue;
             }
             if let Err(e) = turn.deactivate(id) {
                 tracing::debug!("device {name} stays active: {e}");
@@ -209,7 +213,7 @@ impl Layers {
         }
         let all_inodes = match layer.written {
             true => self.settle(id, &layer)?,
-            false => layer.inodes,
+            false => untouched(&layer),
         };
         let mut turn = self.pool.turn()?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
@@ -255,7 +259,7 @@ impl Layers {
                 let node = self.pool.turn()?.activate(id)?;
                 filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
             }
-            false => layer.inodes,
+            false => untouched(&layer),
         };
         let mut turn = self.pool.turn()?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
@@ -410,7 +414,7 @@ impl Layers {
         let mut lines = vec![
             ("Pool Name", state.pool_name()),
             ("Pool Blocksize", ByteSize(state.block).to_string()),
-            ("Pool Storage", describe(&state.storage)),
+            ("Pool Storage", state.storage.to_string()),
             ("Base Device Size", ByteSize(wishes.base_size).to_string()),
             ("Backing Filesystem", filesystem::choose(wishes.fs)?.to_string()),
             ("Data Space Used", bytes(status.data.used, state.block)),
@@ -460,13 +464,9 @@ fn warn_of_loop(state: &State) {
     }
 }
 
-fn describe(storage: &Storage) -> String {
-    match storage {
-        Storage::Loop { .. } => "loop files".into(),
-        Storage::Devices { data, metadata } => format!("{} and {}", data.display(), metadata.display()),
-        Storage::Direct { device, .. } => device.display().to_string(),
-        Storage::Given { .. } => "a given pool".into(),
-    }
+/// The inodes of a layer to which nothing was written. The root of one without parents is its own.
+fn untouched(layer: &Layer) -> u64 {
+    layer.inodes + u64::from(layer.parent.is_none())
 }
 
 fn base_name(state: &State) -> String {

@@ -154,7 +154,7 @@ fn agree(state: &State, wishes: &Wishes) -> Result<()> {
         }
         (From::Direct(Direct { device, .. }), Storage::Direct { device: d, .. }) if device == d => Ok(()),
         (From::Given(pool), Storage::Given { name }) if pool.file_name().is_some_and(|n| n == name.as_str()) => Ok(()),
-        _ => refuse(format!("the layers here are in another kind of pool: {:?}", state.storage)),
+        _ => refuse(format!("the layers here are in another pool, made of {}", state.storage)),
     }
 }
 

@@ -8,6 +8,7 @@ use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result, Usage};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
+    fmt,
     fs::File,
     io::Write,
     path::{Path, PathBuf},
@@ -52,6 +53,17 @@ pub(crate) enum Storage {
     Direct { device: PathBuf, metadata: u64, data: u64 },
     /// Somebody else's pool.
     Given { name: String },
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Storage::Loop { .. } => f.write_str("loop files"),
+            Storage::Devices { data, metadata } => write!(f, "{} and {}", data.display(), metadata.display()),
+            Storage::Direct { device, .. } => device.display().fmt(f),
+            Storage::Given { name } => write!(f, "pool {name}"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -43,6 +43,7 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
     let state = |storage, block, transaction| State::new(id.to_owned(), storage, block, transaction);
     match &wishes.from {
         From::Loop { data, metadata } => {
+            refuse_orphan(&home.join("metadata"))?;
             for (name, size) in [("data", *data), ("metadata", *metadata)] {
                 make_file(&home.join(name), size)?;
             }
@@ -59,6 +60,19 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
             let (block, transaction) = adopt(kernel, &name)?;
             Ok(state(Storage::Given { name }, block, transaction))
         }
+    }
+}
+
+/// A pool that was in use once has metadata that do not begin with zeros.
+fn refuse_orphan(path: &Path) -> Result<()> {
+    let mut start = Vec::new();
+    match File::open(path).and_then(|file| file.take(4096).read_to_end(&mut start)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).doing(|| format!("reading {}", path.display())),
+        Ok(_) if start.iter().all(|byte| *byte == 0) => Ok(()),
+        Ok(_) => Err(Error::new(ErrorKind::Corrupt, "there is a pool without its pool.json")
+            .doing(format!("reading {}", path.display()))
+            .hint("restore pool.json, or remove the whole data root")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{DeviceMapper, metadata::Metadata, pool::Turn, state::State};
 use graphdriver_core::{
-    Access, ByteSize, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Options, Result, mount,
+    Access, ByteSize, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
 };
 use std::{cell::Cell, path::Path, process::Command};
 use tempfile::TempDir;
@@ -230,6 +230,26 @@ fn a_crash_at_any_step_of_commit_or_removal_leaks_and_loses_nothing() {
     assert_eq!(rig.driver().mount(B, &[A], Access::ReadOnly).unwrap_err().kind(), ErrorKind::NotFound);
     rig.driver().remove(A).unwrap();
     assert_eq!(rig.check().layers.len(), 0);
+}
+
+#[test]
+fn a_crash_at_any_step_of_growing_leaves_no_device_suspended() {
+    needs_guest!("a_crash_at_any_step_of_growing_leaves_no_device_suspended");
+    let mut rig = Rig::new();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let size = Cell::new(SIZE);
+    let limits = || Limits { size: Some(ByteSize(size.get())), inodes: None };
+    let crashes = crash_everywhere(
+        &mut rig,
+        |_| size.set(size.get() + SIZE),
+        |driver| driver.set_limits(A, limits()),
+        |rig| rig.write(A, "on"),
+    );
+    assert!(crashes > 8, "{crashes}");
+    assert_eq!(rig.driver().limits(A).unwrap(), limits());
+    let root = mount::detached(&rig.driver().mount(A, &[], Access::ReadOnly).unwrap()).unwrap();
+    let space = rustix::fs::fstatvfs(&root).unwrap();
+    assert!(space.f_blocks * space.f_frsize > size.get() / 2, "the filesystem has grown with its device");
 }
 
 #[test]
