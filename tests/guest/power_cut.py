@@ -38,10 +38,29 @@ class Row:
     options: str = ""
 
 
+# By the pool's own list, with the layers' numbers where pool.json says whose they are.
+THIN_DEVICES = """
+json=$store/data/pool.json; [ -e $json ] || exit 0
+pool=graphdriver-$(jq -r .id $json)-pool
+dmsetup info $pool >/dev/null 2>&1 || { jq -r '.layers | keys[]' $json; exit; }
+dmsetup message $pool 0 reserve_metadata_snap || echo no-metadata-snapshot
+thin_ls -m --no-headers -o DEV $(losetup -nO NAME -j $store/data/metadata) | while read -r thin; do
+    jq -r --argjson thin $thin 'if .base.thin == $thin then empty
+        else ([.layers | to_entries[] | select(.value.thin == $thin) | .key][0] // "thin-device-\\($thin)-of-no-layer") end' $json
+done
+dmsetup message $pool 0 release_metadata_snap
+"""
+
 ROWS = {
     "overlay2-ext4": Row("overlay2", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data"),
     "overlay2-xfs": Row("overlay2", "mkfs.xfs -q -f $disk", "mount $disk /data"),
     "vfs-fuse": Row("vfs-fuse", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data"),
+    "btrfs": Row("btrfs", "mkfs.btrfs -q -f $disk", "mount $disk /data", objects="ls $store/data/layers 2>/dev/null"),
+    "zfs": Row("zfs", "zpool create -f -O mountpoint=none tank $disk && zfs create -o mountpoint=/data tank/data && zpool export tank",
+               "zpool import -f -d $disk tank",
+               objects="zfs list -Hro name -t filesystem tank/data | sed -n 's|^tank/data/graphdriver-[^/]*/||p' | grep -vx empty"),
+    "devicemapper": Row("devicemapper", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data",
+                        objects=THIN_DEVICES, options="dm.basesize=400M,dm.loopdatasize=4G,dm.loopmetadatasize=64M"),
 }
 
 
