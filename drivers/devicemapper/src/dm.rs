@@ -228,7 +228,11 @@ impl Kernel {
         let missing = || Error::new(ErrorKind::NotFound, format!("there is no device {name}"));
         let info = self.info(name)?.ok_or_else(missing)?;
         let wanted = rustix::fs::makedev(info.major, info.minor);
-        let candidates = [format!("/dev/mapper/{name}"), format!("/dev/dm-{}", info.minor)].map(PathBuf::from);
+        let mut candidates = [format!("/dev/mapper/{name}"), format!("/dev/dm-{}", info.minor)].map(PathBuf::from);
+        // Who cannot wait for udev may find a name that it is about to take away.
+        if !Path::new(UDEV).exists() {
+            candidates.reverse();
+        }
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(node) = candidates.iter().find(|path| is_device(path, wanted)) {
@@ -242,6 +246,9 @@ impl Kernel {
         }
     }
 }
+
+/// While this is there, the library waits for udev to have handled each device (systemd-udevd(8)).
+const UDEV: &str = "/run/udev/control";
 
 const NEEDED: &str = "modprobe dm_thin_pool; the kernel needs CONFIG_BLK_DEV_DM and CONFIG_DM_THIN_PROVISIONING";
 
