@@ -7,6 +7,7 @@ use rustix::{
     mount::{MountPropagationFlags, mount_change},
 };
 use std::{
+    ffi::OsStr,
     os::fd::AsFd,
     path::{Path, PathBuf},
 };
@@ -22,6 +23,7 @@ pub(crate) fn with_mounts<T: Send>(
             .map_err(std::io::Error::from)
             .doing(|| "making a mount namespace")?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        hide(mounts)?;
         for (target, recipe) in mounts {
             show(target, recipe)?;
         }
@@ -33,6 +35,16 @@ pub(crate) fn with_mounts<T: Send>(
         done
     };
     std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Takes away other mounts of the same datasets, of which `zfs diff` would take one for its paths. Those who have them in
+/// their own namespaces keep them.
+fn hide(mounts: &[(PathBuf, Vec<Mount>)]) -> Result<()> {
+    let shown = |source: &OsStr| mounts.iter().flat_map(|(_, recipe)| recipe).any(|step| step.source == source);
+    for mounted in mount::table()?.into_iter().rev().filter(|m| m.fstype == "zfs" && shown(&m.source)) {
+        mount::unmount(&mounted.mount_point, true)?;
+    }
+    Ok(())
 }
 
 fn show(target: &Path, recipe: &[Mount]) -> Result<()> {
