@@ -132,7 +132,7 @@ fn what_is_mounted_is_diffed_committed_and_exported_live() {
     let rig = Rig::new();
     let told = rig.gd(
         "graphdriver mount c m >/dev/null; exec 3<>m/open; echo unflushed >&3; rm m/etc/motd
-        graphdriver diff c; graphdriver export c | tar -xO open
+        graphdriver inspect c >/dev/null; graphdriver diff c; graphdriver export c | tar -xO open
         graphdriver commit c new:1 >/dev/null; graphdriver mount new:1 n >/dev/null; cat n/open; ls n/etc | grep motd || true
         exec 3>&-; graphdriver umount m; graphdriver umount n; graphdriver save -o new.tar new:1; graphdriver rmi new:1 >/dev/null
         graphdriver load -qi new.tar >/dev/null; graphdriver mount new:1 n >/dev/null; cat n/open; graphdriver umount n",

@@ -6,7 +6,7 @@ use super::{
     load::chain_of,
     mounts, stamp,
 };
-use graphdriver_core::{Access, LayerId, Mount, Result};
+use graphdriver_core::{Access, ErrorKind, LayerId, Mount, Result};
 use rusqlite::Connection;
 use serde_json::{Value, json};
 
@@ -83,7 +83,11 @@ impl Engine {
     /// The driver, the recipe that would show the layer, and its directories by the names Docker has for them.
     fn driver_json(&self, layer: Option<LayerId>, access: Access) -> Result<Value> {
         let recipe = match layer {
-            Some(layer) => self.layers.mount(layer, access)?,
+            // A driver may describe only one writable mount at a time.
+            Some(layer) => match self.layers.mount(layer, access) {
+                Err(e) if e.kind() == ErrorKind::Busy => self.layers.mount(layer, Access::ReadOnly)?,
+                recipe => recipe?,
+            },
             None => Vec::<Mount>::new(),
         };
         let mut data = json!({ "Layer": layer, "Mounts": recipe });
