@@ -34,10 +34,11 @@ pub(crate) fn choose(asked: Option<Fs>) -> Result<Fs> {
 /// Formats a device and returns how many inodes the empty filesystem uses.
 pub(crate) fn make(fs: Fs, node: &Path, further: &[String]) -> Result<u64> {
     let doing = || format!("making {fs} on {}", node.display());
-    // A new thin device has nothing to discard. What ext4 would zero later, it would zero in every layer anew.
+    // A new thin device has nothing to discard. What ext4 would zero later, it would zero in every layer anew. Its blocks
+    // and inodes are those of large filesystems also if it is small: attributes would not fit into blocks of 1 KiB.
     let arguments: &[&str] = match fs {
         Fs::Xfs => &["-q", "-f", "-K"],
-        Fs::Ext4 => &["-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
+        Fs::Ext4 => &["-q", "-F", "-b", "4096", "-I", "256", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
     };
     let program = mkfs_program(fs).ok_or_else(|| choose(Some(fs)).expect_err("it is missing"))?;
     let out = Command::new(program).args(arguments).args(further).arg(node).output().doing(doing)?;
