@@ -16,7 +16,7 @@ use crate::{
     step, sys,
 };
 use graphdriver_core::{Context, Error, ErrorKind, Result};
-use rustix::fs::OFlags;
+use rustix::fs::{Advice, OFlags, fadvise};
 use std::{
     fs::File,
     io::Read,
@@ -129,7 +129,11 @@ fn open_device(path: &Path, exclusive: bool) -> Result<File> {
     let flags = if exclusive { OFlags::EXCL } else { OFlags::empty() };
     let file = File::options().read(true).write(true).custom_flags(flags.bits() as i32).open(path).doing(doing)?;
     match file.metadata()?.file_type().is_block_device() {
-        true => Ok(file),
+        true => {
+            // What a pool has written by itself is not in the page cache, which may have older content.
+            fadvise(&file, 0, None, Advice::DontNeed).doing(doing)?;
+            Ok(file)
+        }
         false => Err(Error::new(ErrorKind::InvalidInput, "it is no block device").doing(doing())),
     }
 }
