@@ -57,7 +57,7 @@ ROWS = {
     "vfs-fuse": Row("vfs-fuse", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data"),
     "btrfs": Row("btrfs", "mkfs.btrfs -q -f $disk", "mount $disk /data", objects="ls $store/data/layers 2>/dev/null"),
     "zfs": Row("zfs", "zpool create -f -O mountpoint=none tank $disk && zfs create -o mountpoint=/data tank/data && zpool export tank",
-               "zpool import -f -d $disk tank",
+               "blockdev --rereadpt $disk; udevadm settle; zpool import -f -d /dev tank",
                objects="zfs list -Hro name -t filesystem tank/data | sed -n 's|^tank/data/graphdriver-[^/]*/||p' | grep -vx empty"),
     "devicemapper": Row("devicemapper", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data",
                         objects=THIN_DEVICES, options="dm.basesize=400M,dm.loopdatasize=4G,dm.loopmetadatasize=64M"),
