@@ -211,7 +211,8 @@ fn limited_late(subject: &mut dyn Subject) -> Result<()> {
     refused("more in a directory that was there", write(subject, id, &[base], "d/e/more", limit / 10 * 6)?);
     let moves = [Op::unlink("d/e/more"), Op::rename("d/e", "g"), Op::rename("g/f", "d/f"), Op::link("g/large", "d/l")];
     subject.with_tree(id, &[base], Access::ReadWrite, &mut |t| Ok(moves.iter().try_for_each(|op| t.apply(op))?))?;
-    assert_eq!(write(subject, id, &[base], "g/again", limit / 5)?, Ok(()));
+    // A filesystem of the layer's own, with its log, takes a part of the limit.
+    assert_eq!(write(subject, id, &[base], "g/again", limit / 10)?, Ok(()));
     Ok(())
 }
 
