@@ -73,7 +73,7 @@ fn not_built(name: &str) -> Unmet {
         ),
         "vfs-fuse" => ("not built into this graphdriver", "build with --features vfs-fuse"),
         "zfs" => ("not built into this graphdriver", "build with --features zfs"),
-        _ => ("not built yet: this version of graphdriver has no such driver", "use overlay2"),
+        _ => ("not built into this graphdriver", "build with --features full"),
     };
     Unmet { missing: missing.into(), remedy: remedy.into() }
 }

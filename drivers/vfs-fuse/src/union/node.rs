@@ -1,7 +1,7 @@
 //! Nodes: what the kernel knows by a number. A node has no descriptor of its own, only a place: a name in a directory.
 //!
-//! Locks are taken in this order: [`Dir::names`] of directories (two of them by address), then places, then
-//! [`Dir::open`], `place` and so on towards the root. Who holds a place never asks for names.
+//! Locks are taken in this order: `links` and `moves` of the union, then [`Dir::names`] of directories (two of them by
+//! address), then places, then [`Dir::open`], `place` and so on towards the root. Who holds a place never asks for names.
 
 use super::{data::Data, listing::Listing};
 use parking_lot::{Mutex, RwLock};
