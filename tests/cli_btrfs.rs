@@ -121,14 +121,14 @@ fn a_load_is_killed_at_any_moment_and_the_next_command_leaves_nothing_of_it() {
         for ms in 005 015 025 035 050 065 080 100 120 150 180 220 260 300 350 400; do
             graphdriver load -qi deep.tar >/dev/null 2>&1 & load=$!
             sleep 0.$ms; kill -9 $load 2>/dev/null || true; wait $load 2>/dev/null || true
-            if test \"$(graphdriver images -q deep)\"; then
+            if graphdriver images | grep -q '^deep '; then
                 whole=$((whole + 1)); graphdriver mount deep:1 m >/dev/null; cmp -n 1 m/d13/f <(printf '\\15')
                 graphdriver umount m; graphdriver rmi deep:1 >/dev/null
             fi
             graphdriver images -q >/dev/null
             settled; test \"$(ls root/btrfs/data/layers | wc -l)\" = 2 || ls root/btrfs/data/layers
             test \"$(btrfs subvolume list root | wc -l)\" = 2 || btrfs subvolume list root
-        done 2>/dev/null
+        done 2>errors; grep ^error: errors || true
         test $whole -lt 16 || echo no load was interrupted
         graphdriver load -qi deep.tar >/dev/null; graphdriver save -o saved.tar deep:1
         graphdriver rmi deep:1 demo:1 demo:latest >/dev/null; left");
