@@ -43,14 +43,14 @@ pub struct DriverStatus {
     pub capabilities: Option<Capabilities>,
 }
 
-/// What every driver says about working with its data under `root`.
-pub fn survey(root: &Path) -> Vec<DriverStatus> {
-    ALL.iter().map(|name| status(name, root)).collect()
+/// What every driver says about working with its data under `root`, given those of the options that it knows.
+pub fn survey(root: &Path, options: &Options) -> Vec<DriverStatus> {
+    ALL.iter().map(|name| status(name, root, options)).collect()
 }
 
-fn status(name: &str, root: &Path) -> DriverStatus {
+fn status(name: &str, root: &Path, options: &Options) -> DriverStatus {
     let (summary, probed) = match factory(name) {
-        Some(f) => (f.summary, (f.probe)(&data_dir(root, name), &Options::default())),
+        Some(f) => (f.summary, (f.probe)(&data_dir(root, name), &known(&f, options))),
         None => ("", Err(not_built(name))),
     };
     let (capabilities, unmet) = match probed {
@@ -126,7 +126,7 @@ fn with_data(root: &Path) -> Vec<&'static str> {
 fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
     let mut why = Vec::new();
     for factory in ALL.iter().filter_map(|name| factory(name)) {
-        match (factory.probe)(&data_dir(root, factory.name), &Options::default()) {
+        match (factory.probe)(&data_dir(root, factory.name), &known(&factory, options)) {
             Ok(_) => return check_options(&factory, options).map(|()| factory),
             Err(unmet) => why.push(format!("{}: {} (remedy: {})", factory.name, unmet.missing, unmet.remedy)),
         }
@@ -136,6 +136,12 @@ fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
         format!("no storage driver works with {}: {}", root.display(), why.join("; ")),
     )
     .hint("see `graphdriver drivers`"))
+}
+
+/// Those of the options that the driver knows.
+fn known(factory: &DriverFactory, options: &Options) -> Options {
+    let known = |name: &str| factory.options.iter().any(|o| o.name == name);
+    Options(options.0.iter().filter(|(name, _)| known(name)).cloned().collect())
 }
 
 fn check_options(factory: &DriverFactory, options: &Options) -> Result<()> {
@@ -181,6 +187,18 @@ mod tests {
         }
         let e = choose(dir.path(), None, &Options::default()).unwrap_err().to_string();
         assert!(e.contains("overlay2, btrfs") && e.contains("--storage-driver"), "{e}");
+    }
+
+    #[cfg(feature = "overlay2")]
+    #[test]
+    fn drivers_are_asked_with_the_options_that_they_know() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = [("overlay2.metacopy", "perhaps"), ("zfs.fsname", "tank/graphdriver")];
+        let odd = Options(odd.map(|(name, value)| (name.into(), value.into())).to_vec());
+        for driver in survey(dir.path(), &odd) {
+            let missing = driver.unmet.map(|unmet| unmet.missing).unwrap_or_default();
+            assert_eq!(missing.contains("overlay2.metacopy"), driver.name == "overlay2", "{}: {missing}", driver.name);
+        }
     }
 
     #[cfg(feature = "overlay2")]

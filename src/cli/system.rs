@@ -12,7 +12,7 @@ use serde::Serialize;
 pub(crate) fn drivers(out: &Output, settings: &Settings) -> Result<()> {
     let header = ["NAME", "USABLE", "WRITE STRATEGY", "QUOTA", "NATIVE DIFF", "MISSING", "REMEDY"];
     let yes = |yes: bool| if yes { "yes" } else { "no" }.to_string();
-    out.list(&header, &registry::survey(&settings.data_root), |driver| {
+    out.list(&header, &registry::survey(&settings.data_root, &settings.storage_opts), |driver| {
         let mut row = vec![driver.name.clone(), yes(driver.usable)];
         match (&driver.capabilities, &driver.unmet) {
             (Some(can), _) => row.extend([
