@@ -22,6 +22,9 @@
 //! dataset tank/graphdriver-0123456789ab
 //! ```
 //!
+//! ROOT has the property `org.graphdriver:home`: the data directory it belongs to. Opened from any other one, which is a copy
+//! or was moved, the store is refused.
+//!
 //! A committed layer's dataset has the property `readonly=on`, and once somebody has asked for its native diff
 //! `org.graphdriver:links`: whether ZFS finds a path for every file of it (`changes.rs` says why that matters).
 //!
@@ -119,7 +122,7 @@ impl Zfs {
     /// Opens the data directory `home`, which is made if it is not there, and makes the store's dataset when it is opened
     /// first.
     ///
-    /// Fails with `InvalidInput` for an option's wrong value, with `Unsupported` if ZFS does not work here, and with `NotFound`
+    /// Fails with `InvalidInput` for an option's wrong value and for a copied data directory, with `Unsupported` if ZFS does not work here, and with `NotFound`
     /// if the dataset with the layers is not there.
     pub fn open(home: &Path, options: &Options) -> Result<Zfs> {
         let open = || {

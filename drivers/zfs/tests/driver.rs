@@ -14,7 +14,7 @@ use graphdriver_quota::{
     refquota::{RefQuota, list, zfs},
 };
 use graphdriver_zfs::{FACTORY, Zfs};
-use rustix::io::Errno;
+use rustix::{io::Errno, mount::MountFlags};
 use std::{
     fs,
     io::Write,
@@ -287,26 +287,55 @@ fn another_dataset_is_refused_and_what_is_missing_is_named() {
     assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0, "a probe leaves nothing");
 }
 
+/// In a mount namespace of a thread's own, which takes its mounts with it.
+fn in_namespace(run: impl FnOnce() + Send) {
+    let work = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).unwrap();
+        let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        run();
+    };
+    let done = std::thread::scope(|scope| scope.spawn(work).join());
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
 #[test]
 fn the_dataset_that_holds_the_data_root_is_found() {
     in_guest!("the_dataset_that_holds_the_data_root_is_found");
     let place = Place::new().unwrap();
-    // In a mount namespace of the thread's own, which takes the mount with it.
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).unwrap();
-            let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
-            zfs(&["set", "mountpoint=legacy", &place.dataset]).unwrap();
-            let dir = place.home.path().join("data");
-            fs::create_dir(&dir).unwrap();
-            let flags = rustix::mount::MountFlags::empty();
-            rustix::mount::mount(&place.dataset, &dir, "zfs", flags, None).unwrap();
-            let driver = Zfs::open(&dir.join("home"), &Options::default()).unwrap();
-            assert!(driver.dataset().starts_with(&format!("{}/graphdriver-", place.dataset)), "{}", driver.dataset());
-            driver.create(BASE, &[], PLAIN).unwrap();
-            driver.remove(BASE).unwrap();
-            mount::unmount(&dir, false).unwrap();
-        });
+    in_namespace(|| {
+        zfs(&["set", "mountpoint=legacy", &place.dataset]).unwrap();
+        let dir = place.home.path().join("data");
+        fs::create_dir(&dir).unwrap();
+        rustix::mount::mount(&place.dataset, &dir, "zfs", MountFlags::empty(), None).unwrap();
+        let driver = Zfs::open(&dir.join("home"), &Options::default()).unwrap();
+        assert!(driver.dataset().starts_with(&format!("{}/graphdriver-", place.dataset)), "{}", driver.dataset());
+        driver.create(BASE, &[], PLAIN).unwrap();
+        driver.remove(BASE).unwrap();
+        mount::unmount(&dir, false).unwrap();
     });
+}
+
+#[test]
+fn a_copied_data_root_is_refused_and_a_moved_one_told_how_to_go_on() {
+    in_guest!("a_copied_data_root_is_refused_and_a_moved_one_told_how_to_go_on");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::copy(rig.place.home.path().join("version"), elsewhere.path().join("version")).unwrap();
+    let open = |home: &Path| Zfs::open(home, &rig.place.options());
+    let e = open(elsewhere.path()).unwrap_err();
+    let mend = format!("zfs set org.graphdriver:home={} {}", elsewhere.path().display(), rig.driver.dataset());
+    assert_eq!(e.kind(), ErrorKind::InvalidInput);
+    for part in [rig.place.home.path().to_str().unwrap(), &mend] {
+        assert!(e.to_string().contains(part), "{e}");
+    }
+    assert_eq!(rig.everything(), ["1", "1@committed", "empty", "empty@committed"]);
+    // The same directory by another name is no copy.
+    let link = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(rig.place.home.path(), link.path().join("home")).unwrap();
+    open(&link.path().join("home")).unwrap();
+    zfs(&mend.split(' ').skip(1).collect::<Vec<_>>()).unwrap();
+    open(elsewhere.path()).unwrap();
+    assert_eq!(open(rig.place.home.path()).unwrap_err().kind(), ErrorKind::InvalidInput, "there is one owner");
 }
