@@ -128,6 +128,9 @@ pub trait GraphDriver: Send + Sync {
 
     /// Frees what the store does not know: what a crash left behind. The caller makes sure that no other process is
     /// creating layers meanwhile, or that `known` says yes to those.
+    ///
+    /// What cannot be freed keeps nothing else from being freed. The first such error is returned at the end, and the
+    /// call is repeated at every opening of the store until there is none.
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed>;
 
     /// Where the layer's own changes lie as a directory in overlayfs's format (character devices 0/0 or xattrs as

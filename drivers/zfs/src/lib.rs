@@ -82,6 +82,9 @@ const MAX_PARENTS: usize = 255;
 /// How long something that has just been unmounted may hold a dataset.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The same for all leftovers together, which every opening looks for until they are freed.
+const PATIENCE_WITH_LEFTOVERS: Duration = Duration::from_secs(1);
+
 /// Layers as datasets.
 pub struct Zfs {
     home: PathBuf,
@@ -286,7 +289,7 @@ impl Zfs {
 
     /// Destroys a dataset with its snapshots, patiently.
     fn destroy(&self, dataset: &str) -> Result<()> {
-        patiently(|| self.storage.destroy(dataset))
+        patiently(Instant::now() + PATIENCE, || self.storage.destroy(dataset))
     }
 }
 
@@ -408,13 +411,19 @@ impl GraphDriver for Zfs {
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
-        let mut freed = Reclaimed::default();
+        let (mut freed, mut failed) = (Reclaimed::default(), None);
+        let until = Instant::now() + PATIENCE_WITH_LEFTOVERS;
         for (name, used) in self.leftovers(known)? {
-            self.destroy(&name).doing(|| format!("freeing {name}, which no layer needs"))?;
-            freed.layers += 1;
-            freed.bytes += used;
+            match patiently(until, || self.storage.destroy(&name)) {
+                Ok(()) => {
+                    freed.layers += 1;
+                    freed.bytes += used;
+                }
+                // The others do not wait for it.
+                Err(e) => drop(failed.get_or_insert(e.doing(format!("freeing {name}, which no layer needs")))),
+            }
         }
-        Ok(freed)
+        failed.map_or(Ok(freed), Err)
     }
 
     fn native_diff(&self) -> Option<&dyn NativeDiff> {
@@ -434,11 +443,11 @@ fn no_layer(id: LayerId) -> Error {
 }
 
 /// Unmounting ends some time after the call, and so does a `zfs diff` that somebody killed.
-fn patiently(mut destroy: impl FnMut() -> Result<()>) -> Result<()> {
-    let (start, mut pause) = (Instant::now(), Duration::from_millis(5));
+fn patiently(until: Instant, mut destroy: impl FnMut() -> Result<()>) -> Result<()> {
+    let mut pause = Duration::from_millis(5);
     loop {
         match destroy() {
-            Err(e) if e.kind() == ErrorKind::Busy && start.elapsed() < PATIENCE => thread::sleep(pause),
+            Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => thread::sleep(pause),
             Err(e) if e.kind() == ErrorKind::Busy => {
                 return Err(
                     e.hint("it is mounted somewhere, perhaps in another mount namespace: grep zfs /proc/*/mounts")

@@ -339,3 +339,17 @@ fn a_copied_data_root_is_refused_and_a_moved_one_told_how_to_go_on() {
     open(elsewhere.path()).unwrap();
     assert_eq!(open(rig.place.home.path()).unwrap_err().kind(), ErrorKind::InvalidInput, "there is one owner");
 }
+
+#[test]
+fn freeing_leftovers_goes_on_after_one_that_is_in_use() {
+    in_guest!("freeing_leftovers_goes_on_after_one_that_is_in_use");
+    let rig = Rig::new();
+    [BASE, CHILD, LayerId(3)].iter().for_each(|id| rig.driver.create(*id, &[], PLAIN).unwrap());
+    let held = rig.view(CHILD, Access::ReadWrite);
+    let e = rig.driver.reclaim(&|_| false).unwrap_err();
+    assert!(e.kind() == ErrorKind::Busy && e.to_string().contains("/2"), "{e}");
+    assert_eq!(rig.everything(), ["2", "empty", "empty@committed"]);
+    drop(held);
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}

@@ -297,30 +297,36 @@ impl Layers {
         let with_intents = self.store.read(rows::sessions)?;
         let mut names = session::traces(&self.dir)?;
         names.extend(with_intents);
+        let boot = session::Boot::look(&self.dir)?;
         for name in names {
             let Some(dead) = session::claim(&self.dir, &name)? else { continue };
             let adopted = self.adopt(&name)?;
+            if dead.left_its_lock() || adopted > 0 {
+                // Buried, it tells nobody any more that there is something to look for.
+                boot.forget()?;
+                found.sessions += 1;
+                found.layers += adopted;
+            }
             session::bury(&self.dir, &name).unwrap_or_else(|e| tracing::warn!("cleaning up session {name}: {e}"));
-            found.sessions += u64::from(dead.left_its_lock() || adopted > 0);
-            found.layers += adopted;
         }
         // A power cut can bring back what was removed but not yet so on disk, and nobody's intent tells of it.
-        let boot = session::Boot::look(&self.dir)?;
         if found.sessions > 0 || boot.is_new() {
             found.remaining = self.sweep()?;
-            self.reclaim(&mut found);
-            boot.remember()?;
+            match self.reclaim() {
+                Ok(reclaimed) => {
+                    found.reclaimed = reclaimed;
+                    boot.remember()?;
+                }
+                Err(e) => tracing::warn!("not all that a crash left is freed; the next start tries it again: {e}"),
+            }
         }
         Ok(found)
     }
 
     /// Frees storage and records of layers that are in no row.
-    fn reclaim(&self, found: &mut Recovered) {
+    fn reclaim(&self) -> Result<Reclaimed> {
         let known = |id| self.store.read(|conn| rows::exists(conn, id)).unwrap_or(true);
-        match self.driver.reclaim(&known) {
-            Ok(reclaimed) => found.reclaimed = reclaimed,
-            Err(e) => tracing::warn!("the driver could not look for what a crash left: {e}"),
-        }
+        let reclaimed = self.driver.reclaim(&known);
         for record in fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten() {
             let id = record.file_name().to_str().and_then(|name| name.parse().ok());
             if id.is_some_and(|id| !known(id)) {
@@ -328,6 +334,7 @@ impl Layers {
                 gone.unwrap_or_else(|e| tracing::warn!("removing {}: {e}", record.path().display()));
             }
         }
+        reclaimed
     }
 
     /// Takes over a dead session's intents. How many layers that makes.

@@ -9,7 +9,7 @@
 //! run/          SESSION.lock: the lock each session holds while it lives
 //! tmp/          SESSION/: scratch space, gone with its session
 //! reserve       space kept back for freeing space on a full disk
-//! boot          the boot during which somebody last looked for what a power cut brought back
+//! boot          the boot during which somebody last looked for what a crash or a power cut left, and freed all of it
 //! ```
 //!
 //! # Tables, version 1 of the component `layers`

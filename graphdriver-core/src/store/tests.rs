@@ -83,6 +83,7 @@ impl GraphDriver for DirDriver {
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
+        (self.hook)("reclaim")?;
         let mut reclaimed = Reclaimed::default();
         for id in numbers_in(&self.home) {
             if !known(id) {
@@ -516,6 +517,27 @@ fn the_driver_looks_for_leftovers_only_after_a_crash() {
     assert_eq!(found, Recovered::default(), "opening has done it already");
     assert!(!unknown.exists());
     assert_eq!(numbers_in(&dir.path().join("data")), BTreeSet::from([new.id()]), "what is being made is known");
+}
+
+#[test]
+fn what_the_driver_could_not_reclaim_is_looked_for_again_at_every_opening() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path());
+    let unknown = dir.path().join("data/99");
+    let crashed = || fs::write(dir.path().join("run/00000000000000000000000000000000.lock"), "").unwrap();
+    let rebooted = || fs::write(dir.path().join("boot"), "another").unwrap();
+    fs::create_dir_all(dir.path().join("run")).unwrap();
+    for look in [&crashed as &dyn Fn(), &rebooted] {
+        fs::create_dir_all(&unknown).unwrap();
+        look();
+        for _ in 0..2 {
+            hooked(dir.path(), failing("reclaim", K::Busy));
+            assert!(unknown.exists());
+        }
+        open(dir.path());
+        assert!(!unknown.exists());
+        hooked(dir.path(), Arc::new(|step| panic!("{step}: it has been done")));
+    }
 }
 
 #[test]
