@@ -221,6 +221,21 @@ impl Zfs {
         set_property(&name, "readonly", "on")
     }
 
+    /// Of a commit that nobody was told of, so that nothing is a clone of its snapshot.
+    fn unfreeze(&self, id: LayerId) -> Result<()> {
+        let (name, committed) = (self.names.layer(id), self.names.committed(id));
+        let there = self.storage.present(&[&name, &committed])?;
+        if !there.contains(name.as_str()) {
+            return Err(no_layer(id));
+        }
+        // In this order: what is interrupted is repeated, but without its snapshot it would be mounted, and not writable.
+        set_property(&name, "readonly", "off")?;
+        if there.contains(committed.as_str()) {
+            patiently(Instant::now() + PATIENCE, || zfs(&["destroy", &committed]).map(drop))?;
+        }
+        Ok(())
+    }
+
     /// Has ZFS take what programs wrote through memory maps; a snapshot has only what ZFS knows of.
     fn flush(&self, id: LayerId) -> Result<()> {
         let root = Root::from_fd(mount::detached(&[self.head(&self.names.layer(id), false)])?);
@@ -368,6 +383,10 @@ impl GraphDriver for Zfs {
 
     fn commit(&self, id: LayerId) -> Result<()> {
         self.freeze(id).doing(|| format!("committing layer {id}"))
+    }
+
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        self.unfreeze(id).doing(|| format!("undoing the commit of layer {id}"))
     }
 
     fn mount(&self, id: LayerId, _parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {

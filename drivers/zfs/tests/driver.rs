@@ -353,3 +353,22 @@ fn freeing_leftovers_goes_on_after_one_that_is_in_use() {
     assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
     assert_eq!(rig.everything(), ["empty", "empty@committed"]);
 }
+
+#[test]
+fn a_commit_that_nobody_was_told_of_is_undone() {
+    in_guest!("a_commit_that_nobody_was_told_of_is_undone");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    rig.driver.thaw(BASE).unwrap();
+    rig.view(BASE, Access::ReadWrite).write("f", b"2");
+    rig.driver.thaw(BASE).unwrap();
+    assert_eq!(rig.everything(), ["1", "empty", "empty@committed"]);
+    // Half undone, or half committed.
+    zfs(&["set", "readonly=on", &format!("{}/1", rig.driver.dataset())]).unwrap();
+    rig.driver.thaw(BASE).unwrap();
+    rig.view(BASE, Access::ReadWrite).write("g", b"3");
+    rig.driver.commit(BASE).unwrap();
+    let view = rig.view(BASE, Access::ReadOnly);
+    assert_eq!((fs::read(view.path("f")).unwrap(), fs::read(view.path("g")).unwrap()), (b"2".into(), b"3".into()));
+    assert_eq!(rig.driver.thaw(LayerId(9)).unwrap_err().kind(), ErrorKind::NotFound);
+}

@@ -161,6 +161,9 @@ impl Layers {
                 ErrorKind::NotFound => e
                     .with_kind(ErrorKind::Corrupt)
                     .hint("the data root was damaged: remove what needs this layer and load its image again"),
+                ErrorKind::InvalidInput if access == Access::ReadWrite => {
+                    e.hint("its last commit was interrupted: commit it again, or remove it")
+                }
                 _ => e,
             })
         });
@@ -196,7 +199,8 @@ impl Layers {
     }
 
     /// Freezes an active layer in place. When this returns, it survives a power cut. `also` changes what belongs to it
-    /// in the same transaction; if it fails, or after a crash, the layer is still active and can be committed again.
+    /// in the same transaction; if it fails, or after a crash, the layer is still active: it can be written to, and
+    /// committed again.
     pub fn commit(
         &self,
         id: LayerId,
@@ -220,6 +224,7 @@ impl Layers {
                 also(tx)
             });
             if frozen.is_err() {
+                self.thaw(id);
                 let cleared = self.store.write(|tx| rows::drop_intent(tx, id, Op::Commit));
                 cleared.inspect_err(|e| tracing::warn!("layer {id} stays marked as being committed: {e}")).ok();
             }
@@ -237,6 +242,14 @@ impl Layers {
             rows::freeze(tx, id, info, usage)?;
             then(tx)
         })
+    }
+
+    /// Undoes what the driver did of a commit that has no row. Finishing it instead would take for whole what a power cut
+    /// left of it, and lose what `also` was to record.
+    fn thaw(&self, id: LayerId) {
+        if let Err(e) = self.driver.thaw(id) {
+            tracing::warn!("layer {id} was not committed, and may not be writable until it is committed again: {e}");
+        }
     }
 
     /// Makes the layer invisible with the caller's transaction; its storage goes at the next [`sweep`](Self::sweep).
@@ -341,6 +354,9 @@ impl Layers {
     fn adopt(&self, dead: &str) -> Result<u64> {
         if !self.store.read(|conn| rows::has_intents(conn, dead))? {
             return Ok(0);
+        }
+        for id in self.store.read(|conn| rows::commits(conn, dead))? {
+            self.thaw(id);
         }
         let session = self.session()?;
         self.store.write(|tx| rows::adopt(tx, dead, &session))

@@ -66,7 +66,15 @@ impl GraphDriver for DirDriver {
         (self.hook)("committed")
     }
 
-    fn mount(&self, id: LayerId, parents: &[LayerId], _: Access) -> Result<Vec<Mount>> {
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        (self.hook)("thaw")?;
+        session::absent_is_fine(fs::remove_file(self.layer(id).join("frozen")))
+    }
+
+    fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
+        if access == Access::ReadWrite && self.layer(id).join("frozen").exists() {
+            return Err(Error::new(K::InvalidInput, "it is committed"));
+        }
         let options = parents.iter().map(LayerId::to_string).collect();
         Ok(vec![Mount { fstype: "bind".into(), source: self.layer(id), options }])
     }
@@ -433,6 +441,34 @@ fn an_active_layer_is_committed_in_place_with_what_belongs_to_it() {
     fs::write(dir.path().join("data").join(id.to_string()).join("later"), "").unwrap();
     assert_eq!(layers.usage(id).unwrap(), layer.usage.unwrap(), "as it was when it was committed");
     assert_clean(&layers);
+}
+
+#[test]
+fn a_layer_whose_commit_was_not_recorded_can_be_written_to_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = open(dir.path());
+    let id = make(&layers, "a", None, false);
+    let writable = |layers: &Layers| layers.mount(id, Access::ReadWrite).map(drop).unwrap();
+    layers.commit(id, &info("a"), |_| Err(Error::new(K::AlreadyExists, "name taken"))).unwrap_err();
+    writable(&layers);
+    drop(layers);
+    for failing_step in ["committed", "usage"] {
+        let layers = hooked(dir.path(), failing(failing_step, K::Io));
+        layers.commit(id, &info("a"), |_| Ok(())).unwrap_err();
+        writable(&layers);
+    }
+    // Killed between the two.
+    let layers = open(dir.path());
+    layers.driver().commit(id).unwrap();
+    layers.store().write(|tx| rows::add_intent(tx, id, rows::Op::Commit, "somebody dead")).unwrap();
+    writable(&open(dir.path()));
+    // Where that cannot be undone, the layer can still be committed or removed.
+    layers.store().write(|tx| rows::add_intent(tx, id, rows::Op::Commit, "somebody dead")).unwrap();
+    layers.driver().commit(id).unwrap();
+    let layers = hooked(dir.path(), failing("thaw", K::Io));
+    let e = layers.mount(id, Access::ReadWrite).unwrap_err();
+    assert!(e.kind() == K::InvalidInput && e.to_string().contains("commit it again"), "{e}");
+    layers.commit(id, &info("a"), |_| Ok(())).unwrap();
 }
 
 #[test]
@@ -819,6 +855,7 @@ fn killed_at_any_point_it_leaves_nothing_behind_and_loses_nothing() {
         assert_clean(&layers);
         assert_eq!(layers.recover().unwrap(), Recovered::default());
         if kind == LayerKind::Active {
+            layers.mount(by_name(&layers, "work"), Access::ReadWrite).unwrap();
             layers.commit(by_name(&layers, "work"), &info("work"), |_| Ok(())).unwrap();
         }
         drop(layers);
