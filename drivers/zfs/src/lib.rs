@@ -263,7 +263,9 @@ impl Zfs {
             }
             (false, Access::ReadWrite) => Ok(vec![self.head(&name, false)]),
             (false, Access::ReadOnly) => {
-                let options = ["bind", "remount", "ro"].map(String::from).into();
+                let mut options: Vec<String> = ["bind", "remount", "ro"].map(String::from).into();
+                // mount(2) takes away what a remount does not name.
+                options.extend(self.mount_options.iter().cloned());
                 Ok(vec![self.head(&name, false), Mount { fstype: "bind".into(), source: name.into(), options }])
             }
         }

@@ -14,7 +14,7 @@ use graphdriver_quota::{
     refquota::{RefQuota, list, zfs},
 };
 use graphdriver_zfs::{FACTORY, Zfs};
-use rustix::{io::Errno, mount::MountFlags};
+use rustix::{fs::StatVfsMountFlags, io::Errno, mount::MountFlags};
 use std::{
     fs,
     io::Write,
@@ -352,6 +352,32 @@ fn freeing_leftovers_goes_on_after_one_that_is_in_use() {
     drop(held);
     assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
     assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+#[test]
+fn mount_options_are_those_of_every_mount() {
+    in_guest!("mount_options_are_those_of_every_mount");
+    let place = Place::new().unwrap();
+    let mut options = place.options();
+    let given = "nodev,noexec,nosuid,nosymfollow,noatime,nodiratime";
+    options.0.push(("zfs.mountopt".into(), given.into()));
+    let rig = Rig { driver: Zfs::open(place.home.path(), &options).unwrap(), place };
+    let wanted = StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC | StatVfsMountFlags::NOATIME;
+    let check = |access| {
+        let recipe = rig.driver.mount(BASE, &[], access).unwrap();
+        // A remount by mount(2) takes away what it does not name.
+        for step in &recipe {
+            assert!(given.split(',').all(|wish| step.options.iter().any(|o| o == wish)), "{step:?}");
+        }
+        let flags = rustix::fs::fstatvfs(&rig.view(BASE, access).0).unwrap().f_flag;
+        assert!(flags.contains(wanted), "{access:?}: {flags:?}");
+        assert_eq!(flags.contains(StatVfsMountFlags::RDONLY), access == Access::ReadOnly);
+    };
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    check(Access::ReadWrite);
+    check(Access::ReadOnly);
+    rig.driver.commit(BASE).unwrap();
+    check(Access::ReadOnly);
 }
 
 #[test]
