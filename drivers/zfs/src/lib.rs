@@ -187,7 +187,7 @@ impl Zfs {
         let below: Vec<String> = parents.iter().map(|parent| self.names.committed(*parent)).collect();
         let mut names: Vec<&str> = below.iter().map(String::as_str).collect();
         names.extend([name, leftovers[0], leftovers[1]]);
-        let there = self.storage.present(&names)?;
+        let there = existing(&names)?;
         if let Some((missing, _)) = parents.iter().zip(&below).find(|(_, below)| !there.contains(below.as_str())) {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -209,7 +209,7 @@ impl Zfs {
 
     fn freeze(&self, id: LayerId) -> Result<()> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let there = self.storage.present(&[&name, &committed])?;
+        let there = existing(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
             return Err(no_layer(id));
         }
@@ -224,7 +224,7 @@ impl Zfs {
     /// Of a commit that nobody was told of, so that nothing is a clone of its snapshot.
     fn unfreeze(&self, id: LayerId) -> Result<()> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let there = self.storage.present(&[&name, &committed])?;
+        let there = existing(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
             return Err(no_layer(id));
         }
@@ -251,7 +251,7 @@ impl Zfs {
 
     fn recipe(&self, id: LayerId, access: Access) -> Result<Vec<Mount>> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let there = self.storage.present(&[&name, &committed])?;
+        let there = existing(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
             return Err(no_layer(id));
         }
@@ -284,7 +284,7 @@ impl Zfs {
     fn erase(&self, id: LayerId) -> Result<()> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
         let (new, removed) = (self.names.new_layer(id), self.names.removed(id));
-        let there = self.storage.present(&[&name, &committed, &new, &removed])?;
+        let there = existing(&[&name, &committed, &new, &removed])?;
         for leftover in [&new, &removed].into_iter().filter(|name| there.contains(name.as_str())) {
             self.destroy(leftover)?;
         }

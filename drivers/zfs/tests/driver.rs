@@ -381,6 +381,20 @@ fn mount_options_are_those_of_every_mount() {
 }
 
 #[test]
+fn a_layer_goes_with_the_datasets_that_somebody_made_in_it() {
+    in_guest!("a_layer_goes_with_the_datasets_that_somebody_made_in_it");
+    let rig = Rig::new();
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    let own = |name: &str| format!("{}/1/{name}", rig.driver.dataset());
+    for name in ["a", "a/b", "c"] {
+        zfs(&["create", &own(name)]).unwrap();
+        zfs(&["snapshot", &own(&format!("{name}@s"))]).unwrap();
+    }
+    rig.driver.remove(BASE).unwrap();
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+#[test]
 fn a_commit_that_nobody_was_told_of_is_undone() {
     in_guest!("a_commit_that_nobody_was_told_of_is_undone");
     let rig = Rig::new();
