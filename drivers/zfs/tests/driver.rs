@@ -395,6 +395,35 @@ fn a_layer_goes_with_the_datasets_that_somebody_made_in_it() {
 }
 
 #[test]
+fn native_diff_takes_its_time_where_a_mount_of_the_layer_is_covered() {
+    in_guest!("native_diff_takes_its_time_where_a_mount_of_the_layer_is_covered");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    rig.view(CHILD, Access::ReadWrite).write("g", b"2");
+    assert!(rig.check_diff(&["g"]));
+    let outer = tempfile::tempdir().unwrap();
+    let inner = outer.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    let mount = |what: &str, fstype: &str, on: &Path| {
+        rustix::mount::mount(what, on, fstype, MountFlags::empty(), None).unwrap();
+    };
+    in_namespace(|| {
+        mount(&format!("{}/2", rig.driver.dataset()), "zfs", &inner);
+        // Once its mount point is not there, once it is no mount point, once another one.
+        for covered in [outer.path(), &inner] {
+            mount("none", "tmpfs", covered);
+            assert!(!rig.check_diff(&["g"]), "with {} covered", covered.display());
+            fs::create_dir(&inner).ok();
+            assert!(!rig.check_diff(&["g"]), "with {} covered", covered.display());
+            mount::unmount(covered, false).unwrap();
+        }
+        assert!(rig.check_diff(&["g"]));
+        mount::unmount(&inner, false).unwrap();
+    });
+}
+
+#[test]
 fn a_commit_that_nobody_was_told_of_is_undone() {
     in_guest!("a_commit_that_nobody_was_told_of_is_undone");
     let rig = Rig::new();
