@@ -145,6 +145,11 @@ pub(crate) fn parent_dataset(home: &Path, fsname: Option<&str>) -> Result<String
     dataset_of(&nearest_existing(home)?)
 }
 
+/// The store's dataset, if the data directory has one.
+pub(crate) fn recorded(home: &Path) -> Result<Option<String>> {
+    Ok(Record::load(home)?.map(|record| record.root))
+}
+
 fn parent_of(dataset: &str) -> &str {
     dataset.rsplit_once('/').map_or(dataset, |(parent, _)| parent)
 }

@@ -7,7 +7,8 @@ mod skip;
 
 use common::{Place, missing, root_of};
 use graphdriver_core::{
-    Access, ByteSize, Change, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Narrow, Options, Root, mount, walk,
+    Access, ByteSize, Change, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Narrow, Options, Root,
+    WriteStrategy, mount, walk,
 };
 use graphdriver_quota::{
     Quota,
@@ -421,6 +422,17 @@ fn native_diff_takes_its_time_where_a_mount_of_the_layer_is_covered() {
         assert!(rig.check_diff(&["g"]));
         mount::unmount(&inner, false).unwrap();
     });
+}
+
+#[test]
+fn the_unit_of_redirection_is_the_stores_own() {
+    in_guest!("the_unit_of_redirection_is_the_stores_own");
+    let rig = Rig::new();
+    zfs(&["set", "recordsize=16K", rig.driver.dataset()]).unwrap();
+    let unit = WriteStrategy::RedirectOnWrite { block: 16 << 10 };
+    let home = rig.place.home.path();
+    assert_eq!(Zfs::open(home, &rig.place.options()).unwrap().capabilities().write_strategy, unit);
+    assert_eq!((FACTORY.probe)(home, &rig.place.options()).unwrap().write_strategy, unit);
 }
 
 #[test]
