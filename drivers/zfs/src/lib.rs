@@ -15,6 +15,9 @@
 //! ROOT/removed-ID         a layer being removed
 //! ```
 //!
+//! A `zfs` command ends what it is doing although its process was killed. So `ROOT/new-ID` may appear after the recovery from
+//! that crash; nobody takes it for a layer, and the next recovery frees it.
+//!
 //! `version` is text, `making` instead of `dataset` until that has been made:
 //!
 //! ```text
