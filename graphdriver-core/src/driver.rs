@@ -96,6 +96,14 @@ pub trait GraphDriver: Send + Sync {
     /// Freezes an active layer. After it returns the layer survives a power cut. Committing twice is no error.
     fn commit(&self, id: LayerId) -> Result<()>;
 
+    /// Undoes a `commit` that nobody was told of, because it failed or the store could not record it, or that a crash
+    /// interrupted: the layer is active, with what it holds, and can be written to. Of an active layer: no error.
+    ///
+    /// A driver need not have it whose committed layers are frozen by nothing but what the store says.
+    fn thaw(&self, _id: LayerId) -> Result<()> {
+        Ok(())
+    }
+
     /// The recipe that shows the layer on top of its parents; several steps are carried out in order on one target.
     /// `ReadWrite` is for active layers only.
     fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>>;
@@ -128,6 +136,9 @@ pub trait GraphDriver: Send + Sync {
 
     /// Frees what the store does not know: what a crash left behind. The caller makes sure that no other process is
     /// creating layers meanwhile, or that `known` says yes to those.
+    ///
+    /// What cannot be freed keeps nothing else from being freed. The first such error is returned at the end, and the
+    /// call is repeated at every opening of the store until there is none.
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed>;
 
     /// Where the layer's own changes lie as a directory in overlayfs's format (character devices 0/0 or xattrs as

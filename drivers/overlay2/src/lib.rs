@@ -232,6 +232,10 @@ impl GraphDriver for Overlay2 {
         self.home.commit(id).doing(|| format!("committing layer {id}"))
     }
 
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        self.home.thaw(id).doing(|| format!("undoing the commit of layer {id}"))
+    }
+
     fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
         let recipe = match access {
             Access::ReadOnly => self.recipe_read_only(id, parents),

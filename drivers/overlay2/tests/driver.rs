@@ -135,6 +135,23 @@ fn a_layer_lives_from_create_to_remove() {
 }
 
 #[test]
+fn a_commit_that_nobody_was_told_of_is_undone() {
+    let rig = Rig::new();
+    rig.layer(1, &[], |diff| fs::write(diff.join("f"), "1").unwrap());
+    for text in ["2", "3"] {
+        // Also of one that is active.
+        for _ in 0..2 {
+            rig.driver.thaw(LayerId(1)).unwrap();
+        }
+        fs::write(rig.view(1, &[], Access::ReadWrite).join("f"), text).unwrap();
+        rig.commit(1);
+        assert_eq!(fs::read_to_string(rig.view(1, &[], Access::ReadOnly).join("f")).unwrap(), text);
+    }
+    assert_eq!(rig.driver.thaw(LayerId(7)).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(rig.names(), ["1", "empty", "version"]);
+}
+
+#[test]
 fn works_below_a_path_with_separators_in_it() {
     let tmp = tempfile::tempdir().unwrap();
     let home = tmp.path().join("a:b,c\\d e").join("x".repeat(250));

@@ -6,6 +6,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use std::{
     fs::{self, File},
     io::Write,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -31,6 +32,9 @@ const PROPERTIES: [&str; 15] = [
     "com.sun:auto-snapshot=false",
     "org.graphdriver:format=1",
 ];
+
+/// The data directory that the store's dataset belongs to.
+const OWNER: &str = "org.graphdriver:home";
 
 /// The snapshot that makes a layer committed.
 pub(crate) const COMMITTED: &str = "committed";
@@ -141,6 +145,11 @@ pub(crate) fn parent_dataset(home: &Path, fsname: Option<&str>) -> Result<String
     dataset_of(&nearest_existing(home)?)
 }
 
+/// The store's dataset, if the data directory has one.
+pub(crate) fn recorded(home: &Path) -> Result<Option<String>> {
+    Ok(Record::load(home)?.map(|record| record.root))
+}
+
 fn parent_of(dataset: &str) -> &str {
     dataset.rsplit_once('/').map_or(dataset, |(parent, _)| parent)
 }
@@ -182,12 +191,14 @@ pub(crate) fn open(home: &Path, fsname: Option<&str>) -> Result<Names> {
     };
     refuse_other(&record, fsname)?;
     let names = Names { root: record.root.clone() };
-    match record.ready {
-        true => refuse_missing(&names)?,
-        false => {
-            make(&names, home)?;
-            Record { ready: true, ..record }.save(home)?;
-        }
+    if record.ready {
+        refuse_missing(&names)?;
+    } else {
+        make(&names, home)?;
+    }
+    refuse_copy(&names, home)?;
+    if !record.ready {
+        Record { ready: true, ..record }.save(home)?;
     }
     Ok(names)
 }
@@ -226,12 +237,38 @@ fn refuse_missing(names: &Names) -> Result<()> {
     )))
 }
 
+/// A copy of a data root names the same dataset: two stores would free each other's layers.
+fn refuse_copy(names: &Names, home: &Path) -> Result<()> {
+    let said = zfs(&["get", "-H", "-o", "value", OWNER, names.root()])?;
+    let owner = Path::new(said.strip_suffix('\n').unwrap_or(&said));
+    if same_dir(owner, home) {
+        return Ok(());
+    }
+    let why = format!("the layers in {} are those of {}, and not of a copy of it", names.root(), owner.display());
+    let home = fs::canonicalize(home)?;
+    let mend = format!("zfs set {OWNER}={} {}", home.display(), names.root());
+    Err(Error::new(ErrorKind::InvalidInput, why).hint(format!(
+        "use that data root; if it was moved here and is there no more: {mend}; to copy images, use save and load"
+    )))
+}
+
+/// By whatever names.
+fn same_dir(one: &Path, other: &Path) -> bool {
+    let identity = |dir: &Path| fs::metadata(dir).map(|found| (found.dev(), found.ino())).ok();
+    one.is_absolute() && identity(one).is_some_and(|one| identity(other) == Some(one))
+}
+
 /// Makes what is missing of the store's dataset, and of the empty one in it.
 fn make(names: &Names, home: &Path) -> Result<()> {
     let (empty, snapshot) = (format!("{}/empty", names.root()), names.empty());
     let there = existing(&[names.root(), &empty, &snapshot])?;
     if !there.contains(names.root()) {
-        let home = format!("org.graphdriver:home={}", home.display());
+        let home = fs::canonicalize(home)?;
+        let home = home.to_str().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, format!("{} is not UTF-8, as ZFS wants it", home.display()))
+                .hint("choose another data root")
+        })?;
+        let home = format!("{OWNER}={home}");
         let mut arguments = vec!["create"];
         for property in PROPERTIES.iter().copied().chain([home.as_str()]) {
             arguments.extend(["-o", property]);
@@ -281,6 +318,18 @@ mod tests {
         assert!(e.to_string().contains("tank/a"), "{e}");
         let e = dataset_of(Path::new("/proc")).unwrap_err();
         assert!(e.to_string().contains("on proc and not on ZFS") && e.to_string().contains("zfs.fsname"), "{e}");
+    }
+
+    #[test]
+    fn a_directory_is_itself_by_any_name_and_no_copy_is_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, link, copy] = ["one", "link", "copy"].map(|name| dir.path().join(name));
+        fs::create_dir(&one).unwrap();
+        fs::create_dir(&copy).unwrap();
+        std::os::unix::fs::symlink(&one, &link).unwrap();
+        assert!(same_dir(&one, &link) && same_dir(&one, &copy.join("../one")));
+        assert!(!same_dir(&one, &copy) && !same_dir(&one, &dir.path().join("gone")));
+        assert!(!same_dir(Path::new("-"), &one), "what zfs says of a property that is not set");
     }
 
     #[test]

@@ -15,12 +15,18 @@
 //! ROOT/removed-ID         a layer being removed
 //! ```
 //!
+//! A `zfs` command ends what it is doing although its process was killed. So `ROOT/new-ID` may appear after the recovery from
+//! that crash; nobody takes it for a layer, and the next recovery frees it.
+//!
 //! `version` is text, `making` instead of `dataset` until that has been made:
 //!
 //! ```text
 //! graphdriver zfs 1
 //! dataset tank/graphdriver-0123456789ab
 //! ```
+//!
+//! ROOT has the property `org.graphdriver:home`: the data directory it belongs to. Opened from any other one, which is a copy
+//! or was moved, the store is refused.
 //!
 //! A committed layer's dataset has the property `readonly=on`, and once somebody has asked for its native diff
 //! `org.graphdriver:links`: whether ZFS finds a path for every file of it (`changes.rs` says why that matters).
@@ -79,6 +85,9 @@ const MAX_PARENTS: usize = 255;
 /// How long something that has just been unmounted may hold a dataset.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The same for all leftovers together, which every opening looks for until they are freed.
+const PATIENCE_WITH_LEFTOVERS: Duration = Duration::from_secs(1);
+
 /// Layers as datasets.
 pub struct Zfs {
     home: PathBuf,
@@ -119,7 +128,7 @@ impl Zfs {
     /// Opens the data directory `home`, which is made if it is not there, and makes the store's dataset when it is opened
     /// first.
     ///
-    /// Fails with `InvalidInput` for an option's wrong value, with `Unsupported` if ZFS does not work here, and with `NotFound`
+    /// Fails with `InvalidInput` for an option's wrong value and for a copied data directory, with `Unsupported` if ZFS does not work here, and with `NotFound`
     /// if the dataset with the layers is not there.
     pub fn open(home: &Path, options: &Options) -> Result<Zfs> {
         let open = || {
@@ -181,7 +190,7 @@ impl Zfs {
         let below: Vec<String> = parents.iter().map(|parent| self.names.committed(*parent)).collect();
         let mut names: Vec<&str> = below.iter().map(String::as_str).collect();
         names.extend([name, leftovers[0], leftovers[1]]);
-        let there = self.storage.present(&names)?;
+        let there = existing(&names)?;
         if let Some((missing, _)) = parents.iter().zip(&below).find(|(_, below)| !there.contains(below.as_str())) {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -203,7 +212,7 @@ impl Zfs {
 
     fn freeze(&self, id: LayerId) -> Result<()> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let there = self.storage.present(&[&name, &committed])?;
+        let there = existing(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
             return Err(no_layer(id));
         }
@@ -213,6 +222,21 @@ impl Zfs {
         }
         // Who has it mounted still cannot write to what nobody would see.
         set_property(&name, "readonly", "on")
+    }
+
+    /// Of a commit that nobody was told of, so that nothing is a clone of its snapshot.
+    fn unfreeze(&self, id: LayerId) -> Result<()> {
+        let (name, committed) = (self.names.layer(id), self.names.committed(id));
+        let there = existing(&[&name, &committed])?;
+        if !there.contains(name.as_str()) {
+            return Err(no_layer(id));
+        }
+        // In this order: what is interrupted is repeated, but without its snapshot it would be mounted, and not writable.
+        set_property(&name, "readonly", "off")?;
+        if there.contains(committed.as_str()) {
+            patiently(Instant::now() + PATIENCE, || zfs(&["destroy", &committed]).map(drop))?;
+        }
+        Ok(())
     }
 
     /// Has ZFS take what programs wrote through memory maps; a snapshot has only what ZFS knows of.
@@ -230,7 +254,7 @@ impl Zfs {
 
     fn recipe(&self, id: LayerId, access: Access) -> Result<Vec<Mount>> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
-        let there = self.storage.present(&[&name, &committed])?;
+        let there = existing(&[&name, &committed])?;
         if !there.contains(name.as_str()) {
             return Err(no_layer(id));
         }
@@ -242,7 +266,9 @@ impl Zfs {
             }
             (false, Access::ReadWrite) => Ok(vec![self.head(&name, false)]),
             (false, Access::ReadOnly) => {
-                let options = ["bind", "remount", "ro"].map(String::from).into();
+                let mut options: Vec<String> = ["bind", "remount", "ro"].map(String::from).into();
+                // mount(2) takes away what a remount does not name.
+                options.extend(self.mount_options.iter().cloned());
                 Ok(vec![self.head(&name, false), Mount { fstype: "bind".into(), source: name.into(), options }])
             }
         }
@@ -261,7 +287,7 @@ impl Zfs {
     fn erase(&self, id: LayerId) -> Result<()> {
         let (name, committed) = (self.names.layer(id), self.names.committed(id));
         let (new, removed) = (self.names.new_layer(id), self.names.removed(id));
-        let there = self.storage.present(&[&name, &committed, &new, &removed])?;
+        let there = existing(&[&name, &committed, &new, &removed])?;
         for leftover in [&new, &removed].into_iter().filter(|name| there.contains(name.as_str())) {
             self.destroy(leftover)?;
         }
@@ -283,7 +309,7 @@ impl Zfs {
 
     /// Destroys a dataset with its snapshots, patiently.
     fn destroy(&self, dataset: &str) -> Result<()> {
-        patiently(|| self.storage.destroy(dataset))
+        patiently(Instant::now() + PATIENCE, || self.storage.destroy(dataset))
     }
 }
 
@@ -364,6 +390,10 @@ impl GraphDriver for Zfs {
         self.freeze(id).doing(|| format!("committing layer {id}"))
     }
 
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        self.unfreeze(id).doing(|| format!("undoing the commit of layer {id}"))
+    }
+
     fn mount(&self, id: LayerId, _parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
         self.recipe(id, access).doing(|| format!("describing the mount of layer {id}"))
     }
@@ -405,13 +435,19 @@ impl GraphDriver for Zfs {
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
-        let mut freed = Reclaimed::default();
+        let (mut freed, mut failed) = (Reclaimed::default(), None);
+        let until = Instant::now() + PATIENCE_WITH_LEFTOVERS;
         for (name, used) in self.leftovers(known)? {
-            self.destroy(&name).doing(|| format!("freeing {name}, which no layer needs"))?;
-            freed.layers += 1;
-            freed.bytes += used;
+            match patiently(until, || self.storage.destroy(&name)) {
+                Ok(()) => {
+                    freed.layers += 1;
+                    freed.bytes += used;
+                }
+                // The others do not wait for it.
+                Err(e) => drop(failed.get_or_insert(e.doing(format!("freeing {name}, which no layer needs")))),
+            }
         }
-        Ok(freed)
+        failed.map_or(Ok(freed), Err)
     }
 
     fn native_diff(&self) -> Option<&dyn NativeDiff> {
@@ -431,11 +467,11 @@ fn no_layer(id: LayerId) -> Error {
 }
 
 /// Unmounting ends some time after the call, and so does a `zfs diff` that somebody killed.
-fn patiently(mut destroy: impl FnMut() -> Result<()>) -> Result<()> {
-    let (start, mut pause) = (Instant::now(), Duration::from_millis(5));
+fn patiently(until: Instant, mut destroy: impl FnMut() -> Result<()>) -> Result<()> {
+    let mut pause = Duration::from_millis(5);
     loop {
         match destroy() {
-            Err(e) if e.kind() == ErrorKind::Busy && start.elapsed() < PATIENCE => thread::sleep(pause),
+            Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => thread::sleep(pause),
             Err(e) if e.kind() == ErrorKind::Busy => {
                 return Err(
                     e.hint("it is mounted somewhere, perhaps in another mount namespace: grep zfs /proc/*/mounts")

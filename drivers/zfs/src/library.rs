@@ -5,7 +5,6 @@ use graphdriver_core::{Context, Error, ErrorKind, Result};
 use graphdriver_quota::refquota::zfs;
 use nvpair::NvList;
 use rustix::io::Errno;
-use std::collections::HashSet;
 use zfs_core::Zfs;
 
 pub(crate) struct Library(Zfs);
@@ -37,8 +36,9 @@ impl Storage for Library {
     }
 
     fn destroy(&self, dataset: &str) -> Result<()> {
-        let snapshots = zfs(&["list", "-H", "-t", "snapshot", "-d", "1", "-o", "name", dataset])?;
-        for name in snapshots.lines().chain([dataset]) {
+        let all = zfs(&["list", "-H", "-r", "-t", "filesystem,volume,snapshot", "-o", "name", dataset])?;
+        // Listed are parents before their children, and datasets before their snapshots.
+        for name in all.lines().rev() {
             match self.0.destroy(name).map_err(in_use) {
                 // A temporary snapshot of `zfs diff` goes by itself.
                 Err(e) if e.kind() == ErrorKind::NotFound && name != dataset => {}
@@ -46,10 +46,6 @@ impl Storage for Library {
             }
         }
         Ok(())
-    }
-
-    fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>> {
-        Ok(names.iter().copied().filter(|name| self.0.exists(*name)).collect())
     }
 
     fn describe(&self) -> &'static str {

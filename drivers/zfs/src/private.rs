@@ -1,6 +1,9 @@
 //! Mounts that nobody else sees.
 
-use graphdriver_core::{Context, Mount, Result, mount};
+use graphdriver_core::{
+    Context, ErrorKind, Mount, Result,
+    mount::{self, MountInfo},
+};
 use nix::sched::{CloneFlags, unshare};
 use rustix::{
     fs::{self, CWD, Mode, OFlags},
@@ -13,17 +16,20 @@ use std::{
 };
 
 /// Runs `run` on a thread with a mount namespace of its own, where each recipe is carried out at its directory. The
-/// programs it starts see these mounts, and they are gone afterwards, also after a kill.
+/// programs it starts see these mounts, and they are gone afterwards, also after a kill. None, and nothing was run, where
+/// another mount of the same datasets cannot be taken away.
 pub(crate) fn with_mounts<T: Send>(
     mounts: &[(PathBuf, Vec<Mount>)],
     run: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
+) -> Result<Option<T>> {
     let work = || {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)
             .map_err(std::io::Error::from)
             .doing(|| "making a mount namespace")?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-        hide(mounts)?;
+        if !hide(mounts)? {
+            return Ok(None);
+        }
         for (target, recipe) in mounts {
             show(target, recipe)?;
         }
@@ -32,19 +38,27 @@ pub(crate) fn with_mounts<T: Send>(
         for (target, _) in mounts {
             mount::unmount(target, false)?;
         }
-        done
+        done.map(Some)
     };
     std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Takes away other mounts of the same datasets, of which `zfs diff` would take one for its paths. Those who have them in
-/// their own namespaces keep them.
-fn hide(mounts: &[(PathBuf, Vec<Mount>)]) -> Result<()> {
-    let shown = |source: &OsStr| mounts.iter().flat_map(|(_, recipe)| recipe).any(|step| step.source == source);
-    for mounted in mount::table()?.into_iter().rev().filter(|m| m.fstype == "zfs" && shown(&m.source)) {
-        mount::unmount(&mounted.mount_point, true)?;
+/// their own namespaces keep them. Returns whether there are none left: something else can be mounted over them.
+fn hide(mounts: &[(PathBuf, Vec<Mount>)]) -> Result<bool> {
+    for mounted in others(mounts)?.into_iter().rev() {
+        match mount::unmount(&mounted.mount_point, true) {
+            // Its mount point is covered.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            done => done?,
+        }
     }
-    Ok(())
+    Ok(others(mounts)?.is_empty())
+}
+
+fn others(mounts: &[(PathBuf, Vec<Mount>)]) -> Result<Vec<MountInfo>> {
+    let shown = |source: &OsStr| mounts.iter().flat_map(|(_, recipe)| recipe).any(|step| step.source == source);
+    Ok(mount::table()?.into_iter().filter(|m| m.fstype == "zfs" && shown(&m.source)).collect())
 }
 
 fn show(target: &Path, recipe: &[Mount]) -> Result<()> {

@@ -10,7 +10,7 @@ use std::path::Path;
 pub(crate) struct Support {
     /// The dataset below which the store's is or would be.
     pub parent: String,
-    /// The block size of new files, in bytes.
+    /// The block size of new files in layers, in bytes.
     pub recordsize: u64,
 }
 
@@ -23,13 +23,17 @@ pub(crate) fn support(home: &Path, wishes: &Wishes) -> Result<Support> {
     needs_device(Path::new("/dev/zfs"))?;
     let parent = home::parent_dataset(home, wishes.fsname.as_deref())?;
     check_name(&parent)?;
-    let found = list(&["recordsize"], &[&parent])?;
-    let Some(row) = found.first() else {
+    let own = home::recorded(home)?;
+    let found = list(&["recordsize"], &own.iter().chain([&parent]).map(String::as_str).collect::<Vec<_>>())?;
+    let of = |name: &str| found.iter().find(|row| row.name == name);
+    let Some(inherited) = of(&parent) else {
         let pool = parent.split('/').next().unwrap_or_default();
         return Err(Error::new(ErrorKind::Unsupported, format!("there is no dataset {parent}"))
             .hint(format!("zfs create -p {parent}, or if its pool is not imported: zpool import {pool}")));
     };
-    Ok(Support { parent: parent.clone(), recordsize: number(&row.values[0])? })
+    // Layers inherit it from the store's dataset, once there is one.
+    let row = own.as_deref().and_then(of).unwrap_or(inherited);
+    Ok(Support { recordsize: number(&row.values[0])?, parent })
 }
 
 /// Fails where the kernel's module has not made its device.

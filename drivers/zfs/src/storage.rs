@@ -1,8 +1,7 @@
 //! What is done to datasets and snapshots: through the `zfs` command, or through libzfs_core.
 
 use graphdriver_core::Result;
-use graphdriver_quota::refquota::{existing, zfs};
-use std::collections::HashSet;
+use graphdriver_quota::refquota::zfs;
 
 /// Datasets and snapshots by their full names. Each call is one synchronous operation of ZFS, durable when it returns.
 pub(crate) trait Storage: Send + Sync {
@@ -15,11 +14,9 @@ pub(crate) trait Storage: Send + Sync {
     /// Gives a dataset another name.
     fn rename(&self, from: &str, to: &str) -> Result<()>;
 
-    /// Destroys a dataset with its snapshots, these first. `Busy` if one of them is mounted or has clones.
+    /// Destroys a dataset with its snapshots and what somebody made below it, these first. `Busy` if one of them is
+    /// mounted or has clones.
     fn destroy(&self, dataset: &str) -> Result<()>;
-
-    /// Which of these are there.
-    fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>>;
 
     /// For `status`.
     fn describe(&self) -> &'static str;
@@ -53,10 +50,6 @@ impl Storage for Program {
 
     fn destroy(&self, dataset: &str) -> Result<()> {
         zfs(&["destroy", "-r", dataset]).map(drop)
-    }
-
-    fn present<'n>(&self, names: &[&'n str]) -> Result<HashSet<&'n str>> {
-        existing(names)
     }
 
     fn describe(&self) -> &'static str {

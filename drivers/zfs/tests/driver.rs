@@ -7,14 +7,15 @@ mod skip;
 
 use common::{Place, missing, root_of};
 use graphdriver_core::{
-    Access, ByteSize, Change, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Narrow, Options, Root, mount, walk,
+    Access, ByteSize, Change, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Narrow, Options, Root,
+    WriteStrategy, mount, walk,
 };
 use graphdriver_quota::{
     Quota,
     refquota::{RefQuota, list, zfs},
 };
 use graphdriver_zfs::{FACTORY, Zfs};
-use rustix::io::Errno;
+use rustix::{fs::StatVfsMountFlags, io::Errno, mount::MountFlags};
 use std::{
     fs,
     io::Write,
@@ -287,26 +288,168 @@ fn another_dataset_is_refused_and_what_is_missing_is_named() {
     assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0, "a probe leaves nothing");
 }
 
+/// In a mount namespace of a thread's own, which takes its mounts with it.
+fn in_namespace(run: impl FnOnce() + Send) {
+    let work = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).unwrap();
+        let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        run();
+    };
+    let done = std::thread::scope(|scope| scope.spawn(work).join());
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
 #[test]
 fn the_dataset_that_holds_the_data_root_is_found() {
     in_guest!("the_dataset_that_holds_the_data_root_is_found");
     let place = Place::new().unwrap();
-    // In a mount namespace of the thread's own, which takes the mount with it.
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).unwrap();
-            let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
-            zfs(&["set", "mountpoint=legacy", &place.dataset]).unwrap();
-            let dir = place.home.path().join("data");
-            fs::create_dir(&dir).unwrap();
-            let flags = rustix::mount::MountFlags::empty();
-            rustix::mount::mount(&place.dataset, &dir, "zfs", flags, None).unwrap();
-            let driver = Zfs::open(&dir.join("home"), &Options::default()).unwrap();
-            assert!(driver.dataset().starts_with(&format!("{}/graphdriver-", place.dataset)), "{}", driver.dataset());
-            driver.create(BASE, &[], PLAIN).unwrap();
-            driver.remove(BASE).unwrap();
-            mount::unmount(&dir, false).unwrap();
-        });
+    in_namespace(|| {
+        zfs(&["set", "mountpoint=legacy", &place.dataset]).unwrap();
+        let dir = place.home.path().join("data");
+        fs::create_dir(&dir).unwrap();
+        rustix::mount::mount(&place.dataset, &dir, "zfs", MountFlags::empty(), None).unwrap();
+        let driver = Zfs::open(&dir.join("home"), &Options::default()).unwrap();
+        assert!(driver.dataset().starts_with(&format!("{}/graphdriver-", place.dataset)), "{}", driver.dataset());
+        driver.create(BASE, &[], PLAIN).unwrap();
+        driver.remove(BASE).unwrap();
+        mount::unmount(&dir, false).unwrap();
     });
+}
+
+#[test]
+fn a_copied_data_root_is_refused_and_a_moved_one_told_how_to_go_on() {
+    in_guest!("a_copied_data_root_is_refused_and_a_moved_one_told_how_to_go_on");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::copy(rig.place.home.path().join("version"), elsewhere.path().join("version")).unwrap();
+    let open = |home: &Path| Zfs::open(home, &rig.place.options());
+    let e = open(elsewhere.path()).unwrap_err();
+    let mend = format!("zfs set org.graphdriver:home={} {}", elsewhere.path().display(), rig.driver.dataset());
+    assert_eq!(e.kind(), ErrorKind::InvalidInput);
+    for part in [rig.place.home.path().to_str().unwrap(), &mend] {
+        assert!(e.to_string().contains(part), "{e}");
+    }
+    assert_eq!(rig.everything(), ["1", "1@committed", "empty", "empty@committed"]);
+    // The same directory by another name is no copy.
+    let link = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(rig.place.home.path(), link.path().join("home")).unwrap();
+    open(&link.path().join("home")).unwrap();
+    zfs(&mend.split(' ').skip(1).collect::<Vec<_>>()).unwrap();
+    open(elsewhere.path()).unwrap();
+    assert_eq!(open(rig.place.home.path()).unwrap_err().kind(), ErrorKind::InvalidInput, "there is one owner");
+}
+
+#[test]
+fn freeing_leftovers_goes_on_after_one_that_is_in_use() {
+    in_guest!("freeing_leftovers_goes_on_after_one_that_is_in_use");
+    let rig = Rig::new();
+    [BASE, CHILD, LayerId(3)].iter().for_each(|id| rig.driver.create(*id, &[], PLAIN).unwrap());
+    let held = rig.view(CHILD, Access::ReadWrite);
+    let e = rig.driver.reclaim(&|_| false).unwrap_err();
+    assert!(e.kind() == ErrorKind::Busy && e.to_string().contains("/2"), "{e}");
+    assert_eq!(rig.everything(), ["2", "empty", "empty@committed"]);
+    drop(held);
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+#[test]
+fn mount_options_are_those_of_every_mount() {
+    in_guest!("mount_options_are_those_of_every_mount");
+    let place = Place::new().unwrap();
+    let mut options = place.options();
+    let given = "nodev,noexec,nosuid,nosymfollow,noatime,nodiratime";
+    options.0.push(("zfs.mountopt".into(), given.into()));
+    let rig = Rig { driver: Zfs::open(place.home.path(), &options).unwrap(), place };
+    let wanted = StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC | StatVfsMountFlags::NOATIME;
+    let check = |access| {
+        let recipe = rig.driver.mount(BASE, &[], access).unwrap();
+        // A remount by mount(2) takes away what it does not name.
+        for step in &recipe {
+            assert!(given.split(',').all(|wish| step.options.iter().any(|o| o == wish)), "{step:?}");
+        }
+        let flags = rustix::fs::fstatvfs(&rig.view(BASE, access).0).unwrap().f_flag;
+        assert!(flags.contains(wanted), "{access:?}: {flags:?}");
+        assert_eq!(flags.contains(StatVfsMountFlags::RDONLY), access == Access::ReadOnly);
+    };
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    check(Access::ReadWrite);
+    check(Access::ReadOnly);
+    rig.driver.commit(BASE).unwrap();
+    check(Access::ReadOnly);
+}
+
+#[test]
+fn a_layer_goes_with_the_datasets_that_somebody_made_in_it() {
+    in_guest!("a_layer_goes_with_the_datasets_that_somebody_made_in_it");
+    let rig = Rig::new();
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    let own = |name: &str| format!("{}/1/{name}", rig.driver.dataset());
+    for name in ["a", "a/b", "c"] {
+        zfs(&["create", &own(name)]).unwrap();
+        zfs(&["snapshot", &own(&format!("{name}@s"))]).unwrap();
+    }
+    rig.driver.remove(BASE).unwrap();
+    assert_eq!(rig.everything(), ["empty", "empty@committed"]);
+}
+
+#[test]
+fn native_diff_takes_its_time_where_a_mount_of_the_layer_is_covered() {
+    in_guest!("native_diff_takes_its_time_where_a_mount_of_the_layer_is_covered");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    rig.driver.create(CHILD, &[BASE], PLAIN).unwrap();
+    rig.view(CHILD, Access::ReadWrite).write("g", b"2");
+    assert!(rig.check_diff(&["g"]));
+    let outer = tempfile::tempdir().unwrap();
+    let inner = outer.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    let mount = |what: &str, fstype: &str, on: &Path| {
+        rustix::mount::mount(what, on, fstype, MountFlags::empty(), None).unwrap();
+    };
+    in_namespace(|| {
+        mount(&format!("{}/2", rig.driver.dataset()), "zfs", &inner);
+        // Once its mount point is not there, once it is no mount point, once another one.
+        for covered in [outer.path(), &inner] {
+            mount("none", "tmpfs", covered);
+            assert!(!rig.check_diff(&["g"]), "with {} covered", covered.display());
+            fs::create_dir(&inner).ok();
+            assert!(!rig.check_diff(&["g"]), "with {} covered", covered.display());
+            mount::unmount(covered, false).unwrap();
+        }
+        assert!(rig.check_diff(&["g"]));
+        mount::unmount(&inner, false).unwrap();
+    });
+}
+
+#[test]
+fn the_unit_of_redirection_is_the_stores_own() {
+    in_guest!("the_unit_of_redirection_is_the_stores_own");
+    let rig = Rig::new();
+    zfs(&["set", "recordsize=16K", rig.driver.dataset()]).unwrap();
+    let unit = WriteStrategy::RedirectOnWrite { block: 16 << 10 };
+    let home = rig.place.home.path();
+    assert_eq!(Zfs::open(home, &rig.place.options()).unwrap().capabilities().write_strategy, unit);
+    assert_eq!((FACTORY.probe)(home, &rig.place.options()).unwrap().write_strategy, unit);
+}
+
+#[test]
+fn a_commit_that_nobody_was_told_of_is_undone() {
+    in_guest!("a_commit_that_nobody_was_told_of_is_undone");
+    let rig = Rig::new();
+    rig.base(|view| view.write("f", b"1"));
+    rig.driver.thaw(BASE).unwrap();
+    rig.view(BASE, Access::ReadWrite).write("f", b"2");
+    rig.driver.thaw(BASE).unwrap();
+    assert_eq!(rig.everything(), ["1", "empty", "empty@committed"]);
+    // Half undone, or half committed.
+    zfs(&["set", "readonly=on", &format!("{}/1", rig.driver.dataset())]).unwrap();
+    rig.driver.thaw(BASE).unwrap();
+    rig.view(BASE, Access::ReadWrite).write("g", b"3");
+    rig.driver.commit(BASE).unwrap();
+    let view = rig.view(BASE, Access::ReadOnly);
+    assert_eq!((fs::read(view.path("f")).unwrap(), fs::read(view.path("g")).unwrap()), (b"2".into(), b"3".into()));
+    assert_eq!(rig.driver.thaw(LayerId(9)).unwrap_err().kind(), ErrorKind::NotFound);
 }

@@ -108,7 +108,7 @@ fn recover(driver: &Zfs, last: &BTreeMap<u64, String>) -> Vec<LayerId> {
             "creating" | "removing" => driver.remove(LayerId(id)).unwrap(),
             "removed" => {}
             "committing" => {
-                driver.commit(LayerId(id)).unwrap();
+                driver.thaw(LayerId(id)).unwrap();
                 kept.push(LayerId(id));
             }
             _ => kept.push(LayerId(id)),
@@ -145,11 +145,20 @@ fn a_killed_process_leaves_what_is_counted_on_and_nothing_else() {
         let mut expected = vec!["1".to_owned(), "1@committed".into(), "empty".into(), "empty@committed".into()];
         for id in &kept {
             expected.push(id.to_string());
-            if last[&id.0] != "created" {
-                expected.push(format!("{id}@committed"));
-                let own = in_layer(&driver, *id, Access::ReadOnly, |root| fs::read(root.join("own")).unwrap());
-                assert!(own == vec![id.0 as u8; 100_000], "round {round}: layer {id} is not whole");
-            }
+            let access = match last[&id.0].as_str() {
+                "created" => continue,
+                "committing" => Access::ReadWrite,
+                _ => {
+                    expected.push(format!("{id}@committed"));
+                    Access::ReadOnly
+                }
+            };
+            let own = in_layer(&driver, *id, access, |root| {
+                let writable = fs::write(root.join("more"), "").is_ok();
+                assert_eq!(writable, access == Access::ReadWrite, "round {round}: layer {id}");
+                fs::read(root.join("own")).unwrap()
+            });
+            assert!(own == vec![id.0 as u8; 100_000], "round {round}: layer {id} is not whole");
         }
         expected.sort();
         let mut found = everything(&driver);

@@ -141,6 +141,11 @@ impl GraphDriver for ModelDriver {
         Ok(())
     }
 
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        find(&mut self.lock(), id)?.committed = false;
+        Ok(())
+    }
+
     fn mount(&self, id: LayerId, _parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
         let mut layers = self.lock();
         let layer = find(&mut layers, id)?;

@@ -196,6 +196,13 @@ impl Home {
         durable::flush(&self.path)
     }
 
+    /// Makes a layer active again whose commit nobody was told of.
+    pub fn thaw(&self, id: LayerId) -> Result<()> {
+        self.open_diff(id)?;
+        make_dirs(&self.layer(id).join("work"))?;
+        durable::flush_dirs(&self.layer(id), &["work", ""])
+    }
+
     /// Marks an active layer as about to be mounted without fsync.
     pub fn mark_volatile(&self, id: LayerId) -> Result<()> {
         volatile::mark(&self.layer(id))

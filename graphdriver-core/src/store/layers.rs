@@ -161,6 +161,9 @@ impl Layers {
                 ErrorKind::NotFound => e
                     .with_kind(ErrorKind::Corrupt)
                     .hint("the data root was damaged: remove what needs this layer and load its image again"),
+                ErrorKind::InvalidInput if access == Access::ReadWrite => {
+                    e.hint("its last commit was interrupted: commit it again, or remove it")
+                }
                 _ => e,
             })
         });
@@ -196,7 +199,8 @@ impl Layers {
     }
 
     /// Freezes an active layer in place. When this returns, it survives a power cut. `also` changes what belongs to it
-    /// in the same transaction; if it fails, or after a crash, the layer is still active and can be committed again.
+    /// in the same transaction; if it fails, or after a crash, the layer is still active: it can be written to, and
+    /// committed again.
     pub fn commit(
         &self,
         id: LayerId,
@@ -220,6 +224,7 @@ impl Layers {
                 also(tx)
             });
             if frozen.is_err() {
+                self.thaw(id);
                 let cleared = self.store.write(|tx| rows::drop_intent(tx, id, Op::Commit));
                 cleared.inspect_err(|e| tracing::warn!("layer {id} stays marked as being committed: {e}")).ok();
             }
@@ -237,6 +242,14 @@ impl Layers {
             rows::freeze(tx, id, info, usage)?;
             then(tx)
         })
+    }
+
+    /// Undoes what the driver did of a commit that has no row. Finishing it instead would take for whole what a power cut
+    /// left of it, and lose what `also` was to record.
+    fn thaw(&self, id: LayerId) {
+        if let Err(e) = self.driver.thaw(id) {
+            tracing::warn!("layer {id} was not committed, and may not be writable until it is committed again: {e}");
+        }
     }
 
     /// Makes the layer invisible with the caller's transaction; its storage goes at the next [`sweep`](Self::sweep).
@@ -297,30 +310,36 @@ impl Layers {
         let with_intents = self.store.read(rows::sessions)?;
         let mut names = session::traces(&self.dir)?;
         names.extend(with_intents);
+        let boot = session::Boot::look(&self.dir)?;
         for name in names {
             let Some(dead) = session::claim(&self.dir, &name)? else { continue };
             let adopted = self.adopt(&name)?;
+            if dead.left_its_lock() || adopted > 0 {
+                // Buried, it tells nobody any more that there is something to look for.
+                boot.forget()?;
+                found.sessions += 1;
+                found.layers += adopted;
+            }
             session::bury(&self.dir, &name).unwrap_or_else(|e| tracing::warn!("cleaning up session {name}: {e}"));
-            found.sessions += u64::from(dead.left_its_lock() || adopted > 0);
-            found.layers += adopted;
         }
         // A power cut can bring back what was removed but not yet so on disk, and nobody's intent tells of it.
-        let boot = session::Boot::look(&self.dir)?;
         if found.sessions > 0 || boot.is_new() {
             found.remaining = self.sweep()?;
-            self.reclaim(&mut found);
-            boot.remember()?;
+            match self.reclaim() {
+                Ok(reclaimed) => {
+                    found.reclaimed = reclaimed;
+                    boot.remember()?;
+                }
+                Err(e) => tracing::warn!("not all that a crash left is freed; the next start tries it again: {e}"),
+            }
         }
         Ok(found)
     }
 
     /// Frees storage and records of layers that are in no row.
-    fn reclaim(&self, found: &mut Recovered) {
+    fn reclaim(&self) -> Result<Reclaimed> {
         let known = |id| self.store.read(|conn| rows::exists(conn, id)).unwrap_or(true);
-        match self.driver.reclaim(&known) {
-            Ok(reclaimed) => found.reclaimed = reclaimed,
-            Err(e) => tracing::warn!("the driver could not look for what a crash left: {e}"),
-        }
+        let reclaimed = self.driver.reclaim(&known);
         for record in fs::read_dir(self.dir.join("records")).into_iter().flatten().flatten() {
             let id = record.file_name().to_str().and_then(|name| name.parse().ok());
             if id.is_some_and(|id| !known(id)) {
@@ -328,12 +347,16 @@ impl Layers {
                 gone.unwrap_or_else(|e| tracing::warn!("removing {}: {e}", record.path().display()));
             }
         }
+        reclaimed
     }
 
     /// Takes over a dead session's intents. How many layers that makes.
     fn adopt(&self, dead: &str) -> Result<u64> {
         if !self.store.read(|conn| rows::has_intents(conn, dead))? {
             return Ok(0);
+        }
+        for id in self.store.read(|conn| rows::commits(conn, dead))? {
+            self.thaw(id);
         }
         let session = self.session()?;
         self.store.write(|tx| rows::adopt(tx, dead, &session))

@@ -9,7 +9,7 @@
 //! run/          SESSION.lock: the lock each session holds while it lives
 //! tmp/          SESSION/: scratch space, gone with its session
 //! reserve       space kept back for freeing space on a full disk
-//! boot          the boot during which somebody last looked for what a power cut brought back
+//! boot          the boot during which somebody last looked for what a crash or a power cut left, and freed all of it
 //! ```
 //!
 //! # Tables, version 1 of the component `layers`
@@ -33,7 +33,8 @@
 //! an intent. A *session* is one [`Layers`] with at least one intent in its life. Before its first one it locks
 //! `run/SESSION.lock` with flock(2), which the kernel releases when the process ends, in whatever way, also in another
 //! pid namespace, and of course at a reboot. [`Layers::recover`] takes over the intents of sessions whose lock nobody
-//! holds: a layer being made or removed is removed, one being frozen stays active and can be committed again.
+//! holds: a layer being made or removed is removed, one being frozen is active again ([`thaw`](crate::GraphDriver::thaw)):
+//! its last moments may not be on disk, and nobody was told that they are.
 //!
 //! The database must not be used across fork(2), and a child that is forked without exec keeps its parent's session alive.
 

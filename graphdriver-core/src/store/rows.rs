@@ -250,6 +250,11 @@ pub(super) fn has_intents(conn: &Connection, session: &str) -> Result<bool> {
     Ok(conn.prepare_cached("SELECT 1 FROM layer_intents WHERE session = ?1")?.exists([session])?)
 }
 
+/// The layers that a session is committing.
+pub(super) fn commits(conn: &Connection, session: &str) -> Result<Vec<LayerId>> {
+    ids(conn, "SELECT layer FROM layer_intents WHERE session = ?1 AND op = 'commit'", [session])
+}
+
 /// Takes over the intents of a dead session, to undo what it was doing. How many layers are to be removed by that.
 pub(super) fn adopt(tx: &Transaction<'_>, dead: &str, session: &str) -> Result<u64> {
     tx.execute("DELETE FROM layer_intents WHERE session = ?1 AND op = 'commit'", [dead])?;

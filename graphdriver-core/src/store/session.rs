@@ -120,8 +120,8 @@ fn tmp_path(dir: &Path, name: &str) -> PathBuf {
     dir.join("tmp").join(name)
 }
 
-/// Whether anybody has looked for leftovers since the machine started. Kept in the file `boot`, which needs no sync: lost,
-/// it only costs a look.
+/// Whether anybody has looked for leftovers since the machine started, and freed them all. Kept in the file `boot`, which
+/// needs no sync: lost, it only costs a look.
 pub(super) struct Boot {
     path: PathBuf,
     now: String,
@@ -138,6 +138,11 @@ impl Boot {
 
     pub(super) fn is_new(&self) -> bool {
         self.new
+    }
+
+    /// Has the next one look, unless this one remembers that it did.
+    pub(super) fn forget(&self) -> Result<()> {
+        absent_is_fine(fs::remove_file(&self.path)).doing(|| format!("removing {}", self.path.display()))
     }
 
     pub(super) fn remember(&self) -> Result<()> {

@@ -66,7 +66,15 @@ impl GraphDriver for DirDriver {
         (self.hook)("committed")
     }
 
-    fn mount(&self, id: LayerId, parents: &[LayerId], _: Access) -> Result<Vec<Mount>> {
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        (self.hook)("thaw")?;
+        session::absent_is_fine(fs::remove_file(self.layer(id).join("frozen")))
+    }
+
+    fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
+        if access == Access::ReadWrite && self.layer(id).join("frozen").exists() {
+            return Err(Error::new(K::InvalidInput, "it is committed"));
+        }
         let options = parents.iter().map(LayerId::to_string).collect();
         Ok(vec![Mount { fstype: "bind".into(), source: self.layer(id), options }])
     }
@@ -83,6 +91,7 @@ impl GraphDriver for DirDriver {
     }
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
+        (self.hook)("reclaim")?;
         let mut reclaimed = Reclaimed::default();
         for id in numbers_in(&self.home) {
             if !known(id) {
@@ -435,6 +444,34 @@ fn an_active_layer_is_committed_in_place_with_what_belongs_to_it() {
 }
 
 #[test]
+fn a_layer_whose_commit_was_not_recorded_can_be_written_to_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = open(dir.path());
+    let id = make(&layers, "a", None, false);
+    let writable = |layers: &Layers| layers.mount(id, Access::ReadWrite).map(drop).unwrap();
+    layers.commit(id, &info("a"), |_| Err(Error::new(K::AlreadyExists, "name taken"))).unwrap_err();
+    writable(&layers);
+    drop(layers);
+    for failing_step in ["committed", "usage"] {
+        let layers = hooked(dir.path(), failing(failing_step, K::Io));
+        layers.commit(id, &info("a"), |_| Ok(())).unwrap_err();
+        writable(&layers);
+    }
+    // Killed between the two.
+    let layers = open(dir.path());
+    layers.driver().commit(id).unwrap();
+    layers.store().write(|tx| rows::add_intent(tx, id, rows::Op::Commit, "somebody dead")).unwrap();
+    writable(&open(dir.path()));
+    // Where that cannot be undone, the layer can still be committed or removed.
+    layers.store().write(|tx| rows::add_intent(tx, id, rows::Op::Commit, "somebody dead")).unwrap();
+    layers.driver().commit(id).unwrap();
+    let layers = hooked(dir.path(), failing("thaw", K::Io));
+    let e = layers.mount(id, Access::ReadWrite).unwrap_err();
+    assert!(e.kind() == K::InvalidInput && e.to_string().contains("commit it again"), "{e}");
+    layers.commit(id, &info("a"), |_| Ok(())).unwrap();
+}
+
+#[test]
 fn nothing_else_happens_to_a_layer_while_it_is_committed() {
     let dir = tempfile::tempdir().unwrap();
     let id = make(&open(dir.path()), "a", None, false);
@@ -516,6 +553,27 @@ fn the_driver_looks_for_leftovers_only_after_a_crash() {
     assert_eq!(found, Recovered::default(), "opening has done it already");
     assert!(!unknown.exists());
     assert_eq!(numbers_in(&dir.path().join("data")), BTreeSet::from([new.id()]), "what is being made is known");
+}
+
+#[test]
+fn what_the_driver_could_not_reclaim_is_looked_for_again_at_every_opening() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path());
+    let unknown = dir.path().join("data/99");
+    let crashed = || fs::write(dir.path().join("run/00000000000000000000000000000000.lock"), "").unwrap();
+    let rebooted = || fs::write(dir.path().join("boot"), "another").unwrap();
+    fs::create_dir_all(dir.path().join("run")).unwrap();
+    for look in [&crashed as &dyn Fn(), &rebooted] {
+        fs::create_dir_all(&unknown).unwrap();
+        look();
+        for _ in 0..2 {
+            hooked(dir.path(), failing("reclaim", K::Busy));
+            assert!(unknown.exists());
+        }
+        open(dir.path());
+        assert!(!unknown.exists());
+        hooked(dir.path(), Arc::new(|step| panic!("{step}: it has been done")));
+    }
 }
 
 #[test]
@@ -797,6 +855,7 @@ fn killed_at_any_point_it_leaves_nothing_behind_and_loses_nothing() {
         assert_clean(&layers);
         assert_eq!(layers.recover().unwrap(), Recovered::default());
         if kind == LayerKind::Active {
+            layers.mount(by_name(&layers, "work"), Access::ReadWrite).unwrap();
             layers.commit(by_name(&layers, "work"), &info("work"), |_| Ok(())).unwrap();
         }
         drop(layers);
