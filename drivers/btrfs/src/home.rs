@@ -119,9 +119,10 @@ impl Home {
     /// Freezes a layer, durably: its data and what it takes before the flag that says it is whole.
     pub(crate) fn commit(&self, id: LayerId) -> Result<()> {
         let layer = self.layer(id)?;
-        if subvolume::is_read_only(layer.as_fd())? {
+        if self.committed(id, &layer)?.is_some() {
             return self.flush();
         }
+        self.activate(id, &layer)?;
         flatten::flatten(&layer, &self.intent(id), &mut |ids| self.mark(ids))?;
         self.flush()?;
         usage::record(&self.record(id), self.measure(layer.as_fd())?)?;
@@ -129,6 +130,22 @@ impl Home {
         // Somebody may have written between the two.
         self.flush()?;
         self.tidy()
+    }
+
+    /// What a committed layer takes by itself, as it was written down then; none for an active one. The read-only flag
+    /// alone says nothing: whoever owns the root of an active layer can set it, a container too.
+    pub(crate) fn committed(&self, id: LayerId, layer: &Root) -> Result<Option<Usage>> {
+        if subvolume::is_read_only(layer.as_fd())? { usage::recorded(&self.record(id)) } else { Ok(None) }
+    }
+
+    /// Makes a layer that is not committed writable, whatever a container did to its flag. The record of a commit that
+    /// was killed goes, or that flag would make a commit of it.
+    pub(crate) fn activate(&self, id: LayerId, layer: &Root) -> Result<()> {
+        remove_file(&self.record(id))?;
+        if subvolume::is_read_only(layer.as_fd())? {
+            subvolume::set_read_only(layer.as_fd(), false).doing(|| format!("making layer {id} writable"))?;
+        }
+        Ok(())
     }
 
     /// Writes down what anybody has written to the filesystem, and reports it if something could not be.
@@ -139,12 +156,10 @@ impl Home {
     /// What the layer takes by itself: as it was written down when it was committed, or now.
     pub(crate) fn usage(&self, id: LayerId) -> Result<Usage> {
         let layer = self.layer(id)?;
-        if subvolume::is_read_only(layer.as_fd())?
-            && let Some(usage) = usage::recorded(&self.record(id))?
-        {
-            return Ok(usage);
+        match self.committed(id, &layer)? {
+            Some(usage) => Ok(usage),
+            None => self.measure(layer.as_fd()),
         }
-        self.measure(layer.as_fd())
     }
 
     fn measure(&self, root: BorrowedFd<'_>) -> Result<Usage> {

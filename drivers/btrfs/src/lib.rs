@@ -5,7 +5,8 @@
 //! ```text
 //! HOME/version            the format: "graphdriver btrfs 1"
 //! HOME/layers/ID          the layer's subvolume: all of its tree, not only what differs from its parents; read-only once
-//!                         it is committed, and then without subvolumes nested in it
+//!                         it is committed, and then without subvolumes nested in it. A container can set that flag too,
+//!                         so a layer is committed if it has it and HOME/usage/ID is there
 //! HOME/layers/new-ID      a layer being created
 //! HOME/layers/removed-*   a subvolume being removed
 //! HOME/layers/frozen-*    a read-only snapshot of an active layer, there while somebody reads where it has changed
@@ -22,7 +23,7 @@
 //!
 //! A layer gets its name when it is whole, by a rename; that commits the filesystem before `create` returns, if the layer is
 //! to be durable. `commit` first flushes the data, then writes down what the layer takes, then sets the read-only flag,
-//! which commits the filesystem. So a layer with the flag is whole. One that was interrupted after the flag is read-only,
+//! which commits the filesystem. So a layer with both is whole. One that was interrupted after the flag is read-only,
 //! and committing it again succeeds. A removal begins with a rename and ends when the kernel has been told to free the
 //! subvolume; it does so by itself, also over a crash. Leftovers have names by which `reclaim` finds them.
 //!
@@ -135,9 +136,12 @@ impl Btrfs {
 
     fn recipe(&self, id: LayerId, access: Access) -> Result<Mount> {
         let layer = self.home.layer(id)?;
-        if access == Access::ReadWrite && subvolume::is_read_only(layer.as_fd())? {
-            let why = format!("layer {id} is committed, and can be mounted for reading only");
-            return Err(Error::new(ErrorKind::InvalidInput, why));
+        if access == Access::ReadWrite {
+            if self.home.committed(id, &layer)?.is_some() {
+                let why = format!("layer {id} is committed, and can be mounted for reading only");
+                return Err(Error::new(ErrorKind::InvalidInput, why));
+            }
+            self.home.activate(id, &layer)?;
         }
         let mode = if access == Access::ReadOnly { "ro" } else { "rw" };
         Ok(Mount { fstype: "bind".into(), source: self.home.path(id), options: vec!["bind".into(), mode.into()] })
@@ -260,7 +264,7 @@ impl Btrfs {
             return Ok(None);
         }
         let born = usage::born(&info);
-        if subvolume::is_read_only(layer.as_fd())? {
+        if self.home.committed(id, &layer)?.is_some() {
             return Changed::between(layer.as_fd(), parent.as_fd(), born).map(Some);
         }
         // Full qgroups count what a snapshot shares as nobody's own, so a limit would not hold while there is one.

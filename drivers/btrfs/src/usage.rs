@@ -138,7 +138,8 @@ pub(crate) fn recorded(path: &Path) -> Result<Option<Usage>> {
     let Some(line) = text.strip_suffix('\n') else { return Ok(None) };
     let numbers = line.split_once(' ').and_then(|(bytes, inodes)| Some((bytes.parse().ok()?, inodes.parse().ok()?)));
     let (bytes, inodes) = numbers.ok_or_else(|| {
-        Error::new(ErrorKind::Corrupt, format!("{} says {text:?}", path.display())).hint("remove the file")
+        Error::new(ErrorKind::Corrupt, format!("{} says {text:?}", path.display()))
+            .hint("write there what the layer takes, bytes and inodes, as: 4096 1")
     })?;
     Ok(Some(Usage { bytes, inodes }))
 }

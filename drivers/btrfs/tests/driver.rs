@@ -119,6 +119,40 @@ fn nested_subvolumes_are_seen_become_directories_at_commit_and_go_with_their_lay
 }
 
 #[test]
+fn a_layer_that_a_container_made_read_only_is_not_taken_for_committed() {
+    needs!("a_layer_that_a_container_made_read_only_is_not_taken_for_committed");
+    let rig = Rig::with(SIMPLE);
+    rig.layer(1, &[], |_| {});
+    let fill = |id| {
+        rig.create(id, &[1]);
+        let rw = rig.view(id, Access::ReadWrite);
+        subvolume(&rw.join("nested"));
+        fs::write(rw.join("nested/f"), "f").unwrap();
+        read_only(&rw.join("."));
+    };
+    fill(2);
+    assert_eq!(changes(&rig, 2, 1), ["A /nested", "A /nested/f"]);
+    fs::write(rig.view(2, Access::ReadWrite).join("g"), "g").unwrap();
+    assert_eq!(changes(&rig, 2, 1), ["A /g", "A /nested", "A /nested/f"]);
+
+    // Committed as it is, and when a commit that was killed has left its record.
+    fill(3);
+    fill(4);
+    drop(rig.view(4, Access::ReadWrite));
+    fs::write(rig.home.join("usage/4"), "4096 1\n").unwrap();
+    fs::write(rig.view(4, Access::ReadWrite).join("g"), "g").unwrap();
+    read_only(&rig.home.join("layers/4"));
+    for id in [2, 3, 4] {
+        rig.driver.commit(layer(id)).unwrap();
+        let e = rig.driver.mount(layer(id), &[layer(1)], Access::ReadWrite).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput);
+        rig.create(id + 10, &[id, 1]);
+        assert_eq!(fs::read(rig.view(id + 10, Access::ReadOnly).join("nested/f")).unwrap(), b"f");
+    }
+    assert_eq!(rig.subvolumes(), ["1", "12", "13", "14", "2", "3", "4"]);
+}
+
+#[test]
 fn what_a_crash_left_of_making_directories_is_removed() {
     needs!("what_a_crash_left_of_making_directories_is_removed");
     let rig = Rig::with(&[]);
