@@ -293,6 +293,17 @@ impl Home {
         Ok(Frozen { home: self, name, root, _lock: lock })
     }
 
+    /// Removes the temporary snapshots of those who were killed. It waits for nobody who has one.
+    pub(crate) fn thaw(&self) -> Result<()> {
+        let mut all = entries(&self.path.join("layers"))?;
+        all.retain(|(name, _)| name.starts_with("frozen-"));
+        if all.is_empty() || !self.privileged {
+            return Ok(());
+        }
+        let Some(_alone) = self.lock_frozen(FlockOperation::NonBlockingLockExclusive)? else { return Ok(()) };
+        all.iter().try_for_each(|(name, _)| self.destroy(name))
+    }
+
     /// Held shared by whoever has a temporary snapshot: one that is there when nobody holds it was left by a crash. None
     /// if it is held and the operation does not wait.
     fn lock_frozen(&self, how: FlockOperation) -> Result<Option<File>> {

@@ -26,6 +26,7 @@
 //! which commits the filesystem. So a layer with both is whole. One that was interrupted after the flag is read-only,
 //! and committing it again succeeds. A removal begins with a rename and ends when the kernel has been told to free the
 //! subvolume; it does so by itself, also over a crash. Leftovers have names by which `reclaim` finds them.
+//! A diff that is killed leaves its snapshot to whoever opens the data directory next.
 //!
 //! # Space
 //!
@@ -97,6 +98,8 @@ impl Btrfs {
         let support = probe::support(path)?;
         let mut home = Home::open(path, support.privileged)?;
         home.quotas = probe::quotas(path, &wishes)?;
+        // The next one tries again.
+        home.thaw().unwrap_or_else(|e| tracing::warn!("snapshots of a killed diff stay: {e}"));
         home.tidy()?;
         let capabilities = probe::capabilities(&support, home.quotas.is_some() && support.privileged);
         Ok(Btrfs { home, support, min_space: wishes.min_space, capabilities })
