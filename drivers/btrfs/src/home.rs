@@ -257,11 +257,19 @@ impl Home {
                     _ => false,
                 },
             };
-            if leftover {
-                let root = subvolume::open(self.layers(), &name);
-                freed.bytes += root.ok().and_then(|root| self.measure(root.as_fd()).ok()).unwrap_or_default().bytes;
-                freed.layers += 1;
-                if name.starts_with("removed-") { self.destroy(&name)? } else { self.remove_name(&name)? }
+            if !leftover {
+                continue;
+            }
+            let root = subvolume::open(self.layers(), &name);
+            let bytes = root.ok().and_then(|root| self.measure(root.as_fd()).ok()).unwrap_or_default().bytes;
+            let removed = if name.starts_with("removed-") { self.destroy(&name) } else { self.remove_name(&name) };
+            match removed {
+                Ok(()) => {
+                    freed.bytes += bytes;
+                    freed.layers += 1;
+                }
+                // One that cannot be removed keeps no other.
+                Err(e) => tracing::warn!("{name} stays until the next reclaim: {e}"),
             }
         }
         drop(no_frozen);
@@ -274,7 +282,8 @@ impl Home {
     fn reclaim_notes(&self) -> Result<()> {
         for (name, path) in entries(&self.path.join("flat"))? {
             let Ok(id) = name.parse() else { continue };
-            flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids))?;
+            let undone = flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids));
+            undone.unwrap_or_else(|e| tracing::warn!("{} stays until the next reclaim: {e}", path.display()));
         }
         for (name, path) in entries(&self.path.join("usage"))? {
             if name.parse().is_ok_and(|id| self.layer(id).is_err()) {

@@ -119,6 +119,69 @@ fn nested_subvolumes_are_seen_become_directories_at_commit_and_go_with_their_lay
 }
 
 #[test]
+fn subvolumes_too_deep_for_a_path_are_seen_become_directories_and_go_with_their_layer() {
+    needs!("subvolumes_too_deep_for_a_path_are_seen_become_directories_and_go_with_their_layer");
+    for quota in [SIMPLE, FULL, &[]] {
+        let rig = Rig::with(quota);
+        rig.layer(1, &[], |_| {});
+        for id in [2, 3] {
+            rig.create(id, &[1]);
+            let rw = rig.view(id, Access::ReadWrite);
+            let deep = common::deep(&rw.join("."));
+            subvolume(&deep.join("outer"));
+            // Names in a layer's tar end at 4095 bytes, and so does what is copied.
+            let deeper = if id == 2 { View::at(&deep.join("outer")) } else { common::deep(&deep.join("outer")) };
+            subvolume(&deeper.join("inner"));
+            fs::write(deeper.join("inner/f"), "f").unwrap();
+            fs::write(deeper.join("inner/g"), "g").unwrap();
+            fs::hard_link(deeper.join("inner/f"), deeper.join("inner/h")).unwrap();
+            subvolume(&rw.join("short"));
+            read_only(&deep.join("outer"));
+        }
+        let below = vec!["d".repeat(250); 20].join("/");
+        let seen = changes(&rig, 3, 1);
+        assert!(seen.contains(&format!("A /{below}/outer/{below}/inner/f")), "{} changes", seen.len());
+        let seen = changes(&rig, 2, 1);
+        assert!(seen.contains(&format!("A /{below}/outer/inner/f")), "{} changes", seen.len());
+        assert!(seen.contains(&"A /short".to_owned()));
+        rig.driver.commit(layer(2)).unwrap();
+        rig.create(4, &[2, 1]);
+        assert_eq!(changes(&rig, 2, 1), seen);
+        let e = rig.driver.commit(layer(3)).unwrap_err();
+        assert!(e.to_string().contains("longer than 4095 bytes"), "{e}");
+        rig.driver.remove(layer(3)).unwrap();
+        assert_eq!(rig.subvolumes(), ["1", "2", "4"]);
+        for id in [4, 2, 1] {
+            rig.driver.remove(layer(id)).unwrap();
+        }
+        rig.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_leftover_that_cannot_be_removed_keeps_no_other() {
+    needs!("a_leftover_that_cannot_be_removed_keeps_no_other");
+    let rig = Rig::with(SIMPLE);
+    let layers = rig.home.join("layers");
+    let busy = layers.join("removed-7/busy");
+    fs::create_dir_all(&busy).unwrap();
+    let other = rig.disk.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let mounted = mount::detached(&[common::bind(&other)]).unwrap();
+    mount::attach(std::os::fd::AsFd::as_fd(&mounted), std::os::fd::AsFd::as_fd(&fs::File::open(&busy).unwrap()))
+        .unwrap();
+    drop(mounted);
+    rig.create(8, &[]);
+    subvolume(&layers.join("removed-9"));
+    fs::write(rig.home.join("flat/7"), "").unwrap();
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 2);
+    assert_eq!((common::names(&layers), common::names(&rig.home.join("flat"))), (vec!["removed-7".to_owned()], vec![]));
+    mount::unmount(&busy, true).unwrap();
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
+    rig.assert_nothing_left();
+}
+
+#[test]
 fn a_layer_that_a_container_made_read_only_is_not_taken_for_committed() {
     needs!("a_layer_that_a_container_made_read_only_is_not_taken_for_committed");
     let rig = Rig::with(SIMPLE);

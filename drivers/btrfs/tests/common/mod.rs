@@ -52,6 +52,10 @@ pub struct Rig {
 pub struct View(OwnedFd);
 
 impl View {
+    pub fn at(dir: &Path) -> View {
+        View(fs::File::open(dir).unwrap().into())
+    }
+
     pub fn of(rig: &Rig, id: u64) -> View {
         rig.view(id, Access::ReadOnly)
     }
@@ -148,6 +152,17 @@ pub fn settle(dir: BorrowedFd<'_>) {
 /// Makes a subvolume, as somebody in a container does.
 pub fn subvolume(path: &Path) {
     btrfsutil::subvolume::Subvolume::create(path, None).unwrap();
+}
+
+/// A directory so far below `top` that no system call takes its path.
+pub fn deep(top: &Path) -> View {
+    let mut dir = View::at(top);
+    for _ in 0..20 {
+        let below = dir.join(&"d".repeat(250));
+        fs::create_dir(&below).unwrap();
+        dir = View::at(&below);
+    }
+    dir
 }
 
 pub fn read_only(path: &Path) {
