@@ -1,11 +1,13 @@
 //! The data directory.
 
 use crate::{
-    flatten, subvolume,
+    flatten,
+    limits::{self, Note},
+    subvolume,
     usage::{self, generation},
 };
-use graphdriver_core::{Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
-use graphdriver_quota::qgroup::{Qgroups, subvolume_id};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
+use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
 use rustix::{
     fs::{self, CWD, FlockOperation, Mode},
     io::Errno,
@@ -49,7 +51,7 @@ impl Home {
     /// Makes what is missing of `path`, which is absolute. Refuses one that is something else.
     pub(crate) fn open(path: &Path, privileged: bool) -> Result<Home> {
         check_version(path)?;
-        for dir in ["layers", "usage", "flat", "stale"] {
+        for dir in ["layers", "usage", "limits", "flat", "stale"] {
             make_dirs(&path.join(dir))?;
         }
         let layers = subvolume::open(CWD, path.join("layers")).doing(|| format!("opening {}", path.display()))?;
@@ -86,14 +88,18 @@ impl Home {
         self.remove(id)?;
         let new = format!("new-{id}");
         let made = (|| {
-            self.build(&new, parent.as_ref(), limits)?;
+            self.build(id, &new, parent.as_ref(), limits)?;
             match subvolume::rename(self.layers(), &new, &id.to_string()) {
                 Err(Errno::EXIST) => Err(exists()),
                 renamed => renamed.doing(|| format!("renaming {new}")),
             }
         })();
         if made.is_err() {
-            let cleaned = self.destroy(&new);
+            let cleaned = self.destroy(&new).and_then(|()| match self.layer(id) {
+                // Somebody else's.
+                Ok(_) => Ok(()),
+                Err(_) => remove_file(&self.limit_note(id)),
+            });
             cleaned.inspect_err(|e| tracing::warn!("{new} stays until the next reclaim: {e}")).ok();
         }
         made?;
@@ -101,7 +107,7 @@ impl Home {
         if durable { fs::fsync(&self.layers).doing(|| "flushing the directory of layers") } else { Ok(()) }
     }
 
-    fn build(&self, new: &str, parent: Option<&Root>, limits: Limits) -> Result<()> {
+    fn build(&self, id: LayerId, new: &str, parent: Option<&Root>, limits: Limits) -> Result<()> {
         match parent {
             Some(parent) => subvolume::snapshot(parent.as_fd(), self.layers(), new, false)?,
             None => subvolume::create(self.layers(), new)?,
@@ -110,9 +116,49 @@ impl Home {
         if parent.is_none() {
             fs::fchmod(&root, Mode::from(0o755))?;
         }
-        match &self.quotas {
-            Some(quotas) if limits != Limits::default() => quotas.limit(subvolume_id(root.as_fd())?, limits),
+        match (&self.quotas, limits.size) {
+            (Some(quotas), Some(_)) => self.limit(id, root.as_fd(), quotas, limits.size),
             _ => Ok(()),
+        }
+    }
+
+    /// Limits what a layer takes by itself, all of it: also what simple quotas do not count, as it was there before them.
+    pub(crate) fn limit(
+        &self,
+        id: LayerId,
+        root: BorrowedFd<'_>,
+        quotas: &Qgroups,
+        size: Option<ByteSize>,
+    ) -> Result<()> {
+        let subvolume = subvolume_id(root)?;
+        let Some(size) = size else {
+            quotas.limit(subvolume, Limits::default())?;
+            return self.forget_limit(id);
+        };
+        let uncounted = match quotas.accounting() {
+            Accounting::Simple => usage::uncounted(root)?,
+            Accounting::Full => 0,
+        };
+        let told = ByteSize(size.0.saturating_sub(uncounted).max(1));
+        quotas.limit(subvolume, Limits { size: Some(told), inodes: None })?;
+        limits::write(&self.limit_note(id), Note { size, told })
+    }
+
+    pub(crate) fn forget_limit(&self, id: LayerId) -> Result<()> {
+        remove_file(&self.limit_note(id))
+    }
+
+    /// The limit that was asked for.
+    pub(crate) fn noted(&self, id: LayerId) -> Result<Option<Note>> {
+        limits::read(&self.limit_note(id))
+    }
+
+    /// The limit that the kernel holds now.
+    pub(crate) fn enforced(&self, layer: &Root) -> Result<Option<ByteSize>> {
+        let Some(quotas) = &self.quotas else { return Ok(None) };
+        match quotas.state(subvolume_id(layer.as_fd())?) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            state => Ok(state?.limits.size),
         }
     }
 
@@ -167,6 +213,8 @@ impl Home {
         if let Some(quotas) = self.quotas.as_ref().filter(|quotas| !quotas.inconsistent()) {
             match quotas.state(subvolume_id(root)?) {
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
+                // They do not count what was there before them.
+                state if quotas.accounting() == Accounting::Simple => usage.bytes = usage.bytes.max(state?.used.bytes),
                 state => usage.bytes = state?.used.bytes,
             }
         }
@@ -196,7 +244,7 @@ impl Home {
     pub(crate) fn remove(&self, id: LayerId) -> Result<()> {
         self.remove_name(&id.to_string())?;
         self.remove_name(&format!("new-{id}"))?;
-        for file in [self.record(id), self.intent(id)] {
+        for file in [self.record(id), self.limit_note(id), self.intent(id)] {
             remove_file(&file)?;
         }
         self.tidy()
@@ -285,9 +333,12 @@ impl Home {
             let undone = flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids));
             undone.unwrap_or_else(|e| tracing::warn!("{} stays until the next reclaim: {e}", path.display()));
         }
-        for (name, path) in entries(&self.path.join("usage"))? {
-            if name.parse().is_ok_and(|id| self.layer(id).is_err()) {
-                remove_file(&path)?;
+        for dir in ["usage", "limits"] {
+            for (name, path) in entries(&self.path.join(dir))? {
+                let id = name.strip_suffix(".new").unwrap_or(&name).parse();
+                if id.is_ok_and(|id| self.layer(id).is_err()) {
+                    remove_file(&path)?;
+                }
             }
         }
         Ok(())
@@ -326,6 +377,10 @@ impl Home {
 
     fn record(&self, id: LayerId) -> PathBuf {
         self.path.join("usage").join(id.to_string())
+    }
+
+    fn limit_note(&self, id: LayerId) -> PathBuf {
+        self.path.join("limits").join(id.to_string())
     }
 
     fn intent(&self, id: LayerId) -> PathBuf {

@@ -12,6 +12,7 @@
 //! HOME/layers/frozen-*    a read-only snapshot of an active layer, there while somebody reads where it has changed
 //! HOME/frozen.lock        held with flock(2), shared, by whoever has one of these
 //! HOME/usage/ID           what a committed layer takes by itself: bytes and inodes, decimal
+//! HOME/limits/ID          the size that was asked for and what the kernel was told, bytes, decimal
 //! HOME/flat/ID            nested subvolumes of the layer are being made directories; held with flock(2) by who does it.
 //!                         Its content is the name in the layer's root where that is done
 //! HOME/stale/N            subvolume N is deleted and its qgroup 0/N perhaps not
@@ -30,12 +31,14 @@
 //!
 //! # Space
 //!
-//! Sizes are limits of a layer's qgroup on exclusive bytes: what it takes beyond what it shares with its parent. A layer's
+//! Sizes are limits of a layer's qgroup on exclusive bytes: what it takes beyond what it shares with its parent. The kernel
+//! forgets them when somebody turns quotas off, so a mount for writing sets them again, or fails. A layer's
 //! usage is explained at the module `usage`. Data in a subvolume that a container makes inside its layer counts for that
 //! subvolume, until the layer is committed.
 
 mod flatten;
 mod home;
+mod limits;
 mod native;
 mod options;
 mod probe;
@@ -46,9 +49,9 @@ mod usage;
 
 use graphdriver_core::{
     Access, ByteSize, Capabilities, Context, DriverFactory, Error, ErrorKind, GraphDriver, LayerId, LayerOptions,
-    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Unmet, Usage,
+    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Unmet, Usage,
 };
-use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
+use graphdriver_quota::qgroup::{Accounting, Qgroups};
 use home::Home;
 use native::{Changed, Everywhere};
 use options::Wishes;
@@ -137,6 +140,16 @@ impl Btrfs {
         Ok(limits)
     }
 
+    /// Sets a layer's limit again if the filesystem has lost it, as its quotas were off meanwhile.
+    fn enforce(&self, id: LayerId, layer: &Root) -> Result<()> {
+        let Some(note) = self.home.noted(id)? else { return Ok(()) };
+        if self.home.enforced(layer)?.is_some() {
+            return Ok(());
+        }
+        let set = self.quotas().and_then(|quotas| self.home.limit(id, layer.as_fd(), quotas, Some(note.size)));
+        set.doing(|| format!("setting the limit of {} again, which the filesystem has lost", note.size))
+    }
+
     fn recipe(&self, id: LayerId, access: Access) -> Result<Mount> {
         let layer = self.home.layer(id)?;
         if access == Access::ReadWrite {
@@ -145,6 +158,7 @@ impl Btrfs {
                 return Err(Error::new(ErrorKind::InvalidInput, why));
             }
             self.home.activate(id, &layer)?;
+            self.enforce(id, &layer)?;
         }
         let mode = if access == Access::ReadOnly { "ro" } else { "rw" };
         Ok(Mount { fstype: "bind".into(), source: self.home.path(id), options: vec!["bind".into(), mode.into()] })
@@ -201,23 +215,27 @@ impl GraphDriver for Btrfs {
     }
 
     fn limits(&self, id: LayerId) -> Result<Limits> {
-        let layer = self.home.layer(id)?;
-        match &self.home.quotas {
-            None => Ok(Limits::default()),
-            Some(quotas) => match subvolume_id(layer.as_fd()).and_then(|subvolume| quotas.state(subvolume)) {
-                Err(e) if e.kind() == ErrorKind::NotFound => Ok(Limits::default()),
-                state => state.map(|state| state.limits).doing(|| format!("asking for the limits of layer {id}")),
-            },
-        }
+        let limits = || {
+            let (enforced, noted) = (self.home.enforced(&self.home.layer(id)?)?, self.home.noted(id)?);
+            let size = match (enforced, noted) {
+                // Changed by hand.
+                (Some(size), note) if note.is_none_or(|note| note.told != size) => Some(size),
+                // Nobody can write to the layer before it is enforced.
+                (_, note) => note.map(|note| note.size),
+            };
+            Ok::<_, Error>(Limits { size, inodes: None })
+        };
+        limits().doing(|| format!("asking for the limits of layer {id}"))
     }
 
     fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
         let set = || {
             let layer = self.home.layer(id)?;
-            match self.checked(limits)? == Limits::default() && self.home.quotas.is_none() {
-                true => Ok(()),
-                false => self.quotas()?.limit(subvolume_id(layer.as_fd())?, limits),
+            let size = self.checked(limits)?.size;
+            if size.is_none() && self.home.enforced(&layer)?.is_none() {
+                return self.home.forget_limit(id);
             }
+            self.home.limit(id, layer.as_fd(), self.quotas()?, size)
         };
         set().doing(|| format!("limiting layer {id}"))
     }

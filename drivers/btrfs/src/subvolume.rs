@@ -1,9 +1,12 @@
 //! Subvolumes by open directories.
 
 use crate::sys;
-use btrfs_disk::items::{InodeExtref, InodeRef, RootRef};
+use btrfs_disk::items::{InodeExtref, InodeRef, QgroupStatus, RootRef};
 use btrfs_uapi::{
-    raw::{BTRFS_INODE_EXTREF_KEY, BTRFS_INODE_REF_KEY, BTRFS_ROOT_REF_KEY, BTRFS_ROOT_TREE_OBJECTID},
+    raw::{
+        BTRFS_INODE_EXTREF_KEY, BTRFS_INODE_REF_KEY, BTRFS_QGROUP_STATUS_KEY, BTRFS_QUOTA_TREE_OBJECTID,
+        BTRFS_ROOT_REF_KEY, BTRFS_ROOT_TREE_OBJECTID,
+    },
     subvolume::{
         SubvolumeFlags, SubvolumeInfo, subvol_rootrefs, subvolume_delete, subvolume_delete_by_id, subvolume_flags_get,
         subvolume_flags_set, subvolume_info,
@@ -161,6 +164,16 @@ pub(crate) fn names_of(subvolume: BorrowedFd<'_>, inode: u64) -> Result<Vec<(u64
         _ => {}
     })?;
     Ok(names)
+}
+
+/// The transaction from which on simple quotas count what is written. Needs CAP_SYS_ADMIN.
+pub(crate) fn simple_quotas_since(file: BorrowedFd<'_>) -> Result<u64> {
+    let key = Key { objectid: 0, item_type: BTRFS_QGROUP_STATUS_KEY, offset: 0 };
+    let mut since = None;
+    search(file, BTRFS_QUOTA_TREE_OBJECTID.into(), key, key, &mut |_, data| {
+        since = QgroupStatus::parse(data).and_then(|status| status.enable_gen);
+    })?;
+    since.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the filesystem does not tell since when it counts"))
 }
 
 /// The items of a tree from one key to another; tree 0 is that of the subvolume `file` is in.

@@ -319,7 +319,7 @@ fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
         assert_eq!(rig.driver.limits(layer(2)).unwrap(), size(50 * MIB));
         quotas.remove(&path).unwrap();
         quotas.remove(&path.join("gone")).unwrap();
-        assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
+        assert_eq!(rig.driver.limits(layer(2)).unwrap(), size(45 * MIB), "as it was asked for");
         rig.driver.remove(layer(2)).unwrap();
         rig.driver.remove(layer(1)).unwrap();
         rig.assert_nothing_left();
@@ -332,18 +332,69 @@ fn quotas_turned_off_meanwhile_hinder_nothing_but_limits() {
     let rig = Rig::with(SIMPLE);
     rig.layer(1, &[], |tree| fs::write(tree.join("f"), vec![1; 100_000]).unwrap());
     rig.create(2, &[1]);
-    let dir = fs::File::open(&rig.home).unwrap();
-    btrfs_uapi::quota::quota_disable(std::os::fd::AsFd::as_fd(&dir)).unwrap();
+    rig.quotas_off();
     let size = Limits { size: Some(ByteSize(1 << 24)), inodes: None };
     let e = rig.driver.set_limits(layer(2), size).unwrap_err();
     assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
     assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
+    rig.driver.set_limits(layer(2), Limits::default()).unwrap();
     fs::write(rig.view(2, Access::ReadWrite).join("g"), vec![1; 100_000]).unwrap();
     rig.driver.commit(layer(2)).unwrap();
     assert!((100_000..200_000).contains(&rig.driver.usage(layer(2)).unwrap().bytes));
     rig.driver.remove(layer(2)).unwrap();
     rig.driver.remove(layer(1)).unwrap();
     rig.assert_nothing_left();
+}
+
+#[test]
+fn a_limit_that_the_filesystem_forgot_is_set_again_or_nobody_writes() {
+    needs!("a_limit_that_the_filesystem_forgot_is_set_again_or_nobody_writes");
+    let size = Limits { size: Some(ByteSize(10_000_000)), inodes: None };
+    for quota in [SIMPLE, FULL] {
+        let rig = Rig::with(quota);
+        rig.layer(1, &[], |tree| fs::write(tree.join("base"), vec![1; 20_000_000]).unwrap());
+        let limited = LayerOptions { size: size.size, inodes: None, durable: true };
+        rig.driver.create(layer(2), &[layer(1)], &limited).unwrap();
+        rig.create(3, &[1]);
+        for id in [2, 3] {
+            fs::write(rig.view(id, Access::ReadWrite).join("before"), vec![2; 6_000_000]).unwrap();
+        }
+        rustix::fs::syncfs(fs::File::open(&rig.home).unwrap()).unwrap();
+        rig.quotas_off();
+        let plain = rig.at(&rig.home, &[]);
+        for driver in [&rig.driver, &plain.driver] {
+            let e = driver.mount(layer(2), &[layer(1)], Access::ReadWrite).unwrap_err();
+            assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
+            driver.mount(layer(2), &[layer(1)], Access::ReadOnly).unwrap();
+            assert_eq!(driver.limits(layer(2)).unwrap(), size, "it is what holds as soon as anybody can write");
+        }
+        // The data of that time counts, too.
+        let driver = rig.reopened();
+        common::settle(std::os::fd::AsFd::as_fd(&fs::File::open(&rig.home).unwrap()));
+        driver.set_limits(layer(3), size).unwrap();
+        for id in [2, 3] {
+            let usage = driver.usage(layer(id)).unwrap().bytes;
+            assert!((6_000_000..7_000_000).contains(&usage), "{quota:?}: {usage}");
+            let rw = rig.view(id, Access::ReadWrite);
+            assert_eq!(driver.limits(layer(id)).unwrap(), size);
+            let write = |name: &str, bytes: usize| {
+                let file = fs::File::create(rw.join(name)).unwrap();
+                let written = std::io::Write::write_all(&mut &file, &vec![3; bytes]).and_then(|()| file.sync_all());
+                written.map_err(|e| e.kind())
+            };
+            write("fits", 2_000_000).unwrap();
+            assert_eq!(write("more", 6_000_000), Err(std::io::ErrorKind::QuotaExceeded), "{quota:?}");
+        }
+        driver.set_limits(layer(2), Limits::default()).unwrap();
+        rig.quotas_off();
+        driver.mount(layer(2), &[layer(1)], Access::ReadWrite).unwrap();
+        assert_eq!(driver.limits(layer(2)).unwrap(), Limits::default());
+        driver.set_limits(layer(3), Limits::default()).unwrap();
+        driver.mount(layer(3), &[layer(1)], Access::ReadWrite).unwrap();
+        drop(plain);
+        [3, 2, 1].into_iter().for_each(|id| driver.remove(layer(id)).unwrap());
+        rig.assert_nothing_left();
+    }
 }
 
 #[test]

@@ -107,6 +107,11 @@ impl Rig {
         View(mount::detached(&self.driver.mount(LayerId(id), &[], access).unwrap()).unwrap())
     }
 
+    /// As an administrator turns them off.
+    pub fn quotas_off(&self) {
+        quota::quota_disable(fs::File::open(&self.home).unwrap().as_fd()).unwrap();
+    }
+
     /// What is in `HOME/layers` of subvolumes, with those nested in them.
     pub fn subvolumes(&self) -> Vec<String> {
         let dir = fs::File::open(&self.home).unwrap();
@@ -132,7 +137,7 @@ impl Rig {
             }
             assert!(Instant::now() < deadline, "qgroups are left: {groups:?}");
         }
-        for dir in ["layers", "usage", "flat", "stale"] {
+        for dir in ["layers", "usage", "limits", "flat", "stale"] {
             assert_eq!(names(&self.home.join(dir)), [""; 0], "left in {dir}");
         }
     }
