@@ -267,12 +267,14 @@ impl Home {
         subvolume::destroy(self.layers(), name, &mut |ids| self.mark(ids))
     }
 
-    /// Notes subvolumes that are about to be deleted, because their qgroups can go only after them.
+    /// Notes subvolumes that are about to be deleted, because their qgroups can go only after them. Their limits go now:
+    /// in a full subvolume none that is nested could be deleted.
     fn mark(&self, ids: &[u64]) -> Result<()> {
-        if self.quotas.is_none() || !self.privileged {
-            return Ok(());
-        }
+        let Some(quotas) = self.quotas.as_ref().filter(|_| self.privileged) else { return Ok(()) };
         for id in ids {
+            if quotas.state(*id).is_ok_and(|state| state.limits.size.is_some()) {
+                quotas.limit(*id, Limits::default())?;
+            }
             let mark = self.path.join("stale").join(id.to_string());
             File::create(&mark).doing(|| format!("writing {}", mark.display()))?;
         }

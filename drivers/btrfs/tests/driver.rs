@@ -327,6 +327,30 @@ fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
 }
 
 #[test]
+fn a_full_layer_with_subvolumes_in_it_is_removed() {
+    needs!("a_full_layer_with_subvolumes_in_it_is_removed");
+    for quota in [SIMPLE, FULL] {
+        let rig = Rig::with(quota);
+        let limited = LayerOptions { size: Some(ByteSize(5_000_000)), inodes: None, durable: true };
+        rig.driver.create(layer(1), &[], &limited).unwrap();
+        let rw = rig.view(1, Access::ReadWrite);
+        subvolume(&rw.join("sub"));
+        subvolume(&rw.join("sub/inner"));
+        let fill = |name: String, bytes: usize| {
+            let file = fs::File::create(rw.join(&name))?;
+            std::io::Write::write_all(&mut &file, &vec![7; bytes]).and_then(|()| file.sync_all())
+        };
+        for bytes in [100_000, 1] {
+            let full = (0..10_000).find_map(|n| fill(format!("{bytes}-{n}"), bytes).err()).unwrap();
+            assert_eq!(full.kind(), std::io::ErrorKind::QuotaExceeded);
+        }
+        drop(rw);
+        rig.driver.remove(layer(1)).unwrap();
+        rig.assert_nothing_left();
+    }
+}
+
+#[test]
 fn quotas_turned_off_meanwhile_hinder_nothing_but_limits() {
     needs!("quotas_turned_off_meanwhile_hinder_nothing_but_limits");
     let rig = Rig::with(SIMPLE);
