@@ -165,7 +165,8 @@ impl Home {
     /// Freezes a layer, durably: its data and what it takes before the flag that says it is whole.
     pub(crate) fn commit(&self, id: LayerId) -> Result<()> {
         let layer = self.layer(id)?;
-        if self.committed(id, &layer)?.is_some() {
+        // With subvolumes in it, it is one whose commit was killed, and that a container then has made read-only.
+        if self.committed(id, &layer)?.is_some() && subvolume::nested_directly(layer.as_fd())?.is_empty() {
             return self.flush();
         }
         self.activate(id, &layer)?;

@@ -205,14 +205,17 @@ fn a_layer_that_a_container_made_read_only_is_not_taken_for_committed() {
     fs::write(rig.home.join("usage/4"), "4096 1\n").unwrap();
     fs::write(rig.view(4, Access::ReadWrite).join("g"), "g").unwrap();
     read_only(&rig.home.join("layers/4"));
-    for id in [2, 3, 4] {
+    // Or while the container ran on.
+    fill(5);
+    fs::write(rig.home.join("usage/5"), "4096 1\n").unwrap();
+    for id in [2, 3, 4, 5] {
         rig.driver.commit(layer(id)).unwrap();
         let e = rig.driver.mount(layer(id), &[layer(1)], Access::ReadWrite).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidInput);
         rig.create(id + 10, &[id, 1]);
         assert_eq!(fs::read(rig.view(id + 10, Access::ReadOnly).join("nested/f")).unwrap(), b"f");
     }
-    assert_eq!(rig.subvolumes(), ["1", "12", "13", "14", "2", "3", "4"]);
+    assert_eq!(rig.subvolumes(), ["1", "12", "13", "14", "15", "2", "3", "4", "5"]);
 }
 
 #[test]
