@@ -330,6 +330,32 @@ fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
 }
 
 #[test]
+fn the_removal_of_layers_does_not_make_the_counts_inconsistent() {
+    needs!("the_removal_of_layers_does_not_make_the_counts_inconsistent");
+    let rig = Rig::with(FULL);
+    let quotas = Qgroups::open(&rig.home).unwrap().unwrap();
+    let dir = fs::File::open(&rig.home).unwrap();
+    rig.layer(1, &[], |tree| fs::write(tree.join("f"), vec![1; 1_000_000]).unwrap());
+    for round in 0..20 {
+        let ids = 10 * round + 10..10 * round + 20;
+        for id in ids.clone() {
+            rig.create(id, &[1]);
+            fs::write(rig.view(id, Access::ReadWrite).join("g"), vec![2; 100_000]).unwrap();
+        }
+        rustix::fs::syncfs(&dir).unwrap();
+        ids.for_each(|id| rig.driver.remove(layer(id)).unwrap());
+        btrfs_uapi::filesystem::sync(std::os::fd::AsFd::as_fd(&dir)).unwrap();
+        // The cleaner is at work: whoever looks now may look between its transactions.
+        for _ in 0..100 {
+            rig.reopened();
+            assert!(!quotas.inconsistent(), "no limit holds on the whole filesystem any more");
+        }
+    }
+    rig.driver.remove(layer(1)).unwrap();
+    rig.assert_nothing_left();
+}
+
+#[test]
 fn a_full_layer_with_subvolumes_in_it_is_removed() {
     needs!("a_full_layer_with_subvolumes_in_it_is_removed");
     for quota in [SIMPLE, FULL] {
