@@ -141,12 +141,22 @@ impl Qgroups {
     /// Removes the qgroup of a subvolume that was deleted; false if the kernel is not done with that yet, and whoever
     /// calls has to try again. Newer kernels remove it themselves. One that is not there is no error.
     pub fn forget(&self, id: u64) -> Result<bool> {
+        // Full accounting takes one that still has numbers for a mistake: it stops, and no limit holds any more anywhere.
+        if self.accounting() == Accounting::Full && !self.inconsistent() && self.has_numbers(id) {
+            return Ok(false);
+        }
         match quota::qgroup_destroy(self.fs.as_fd(), id).map_err(io) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
             // The second where quotas were turned off meanwhile.
             Err(e) if [Some(libc::ENOENT), Some(libc::ENOTCONN)].contains(&e.raw_os_error()) => Ok(true),
             done => done.map(|()| true).doing(|| format!("removing qgroup 0/{id}")),
         }
+    }
+
+    /// Whether something counts for it still: the kernel counts at the end of a transaction.
+    fn has_numbers(&self, id: u64) -> bool {
+        let number = |name| std::fs::read_to_string(self.sysfs.join(format!("0_{id}")).join(name));
+        ["referenced", "exclusive"].into_iter().any(|name| number(name).is_ok_and(|text| text.trim() != "0"))
     }
 
     fn id(&self, tree: &Path) -> Result<u64> {

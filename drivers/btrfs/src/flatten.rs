@@ -74,7 +74,8 @@ fn replace(
     keeping_time(layer.as_fd(), || {
         fs::mkdirat(layer, temporary, Mode::RWXU)?;
         copy(&source, &Root::from_fd(subvolume::open(layer.as_fd(), temporary)?))?;
-        keeping_time(dir.as_fd(), || Ok(fs::renameat_with(layer, temporary, &dir, name, RenameFlags::EXCHANGE)?))?;
+        let exchange = || Ok(fs::renameat_with(layer, temporary, &dir, name, RenameFlags::EXCHANGE)?);
+        keeping_time(dir.as_fd(), || Ok(subvolume::loosened(source.as_fd(), exchange)?))?;
         subvolume::destroy(layer.as_fd(), temporary, doomed)
     })
 }
@@ -85,10 +86,12 @@ fn copy(from: &Root, to: &Root) -> Result<()> {
     std::thread::scope(|scope| {
         let packing = scope.spawn(move || tar::tree_tar(from, io::BufWriter::new(writer))?.flush().doing(|| "copying"));
         let unpacked = tar::extract(&mut reader, to, false, &mut |_| {});
+        // More is on its way to where it ended: it was not cut off.
+        let refused = unpacked.is_err() && reader.read(&mut [0]).is_ok_and(|n| n > 0);
         drop(reader);
         match (packing.join().expect("it does not panic"), unpacked) {
             // Whoever fails first ends the other's pipe: the one that was cut off is not the cause.
-            (Err(packed), Err(unpacked)) if unpacked.kind() == ErrorKind::Corrupt => Err(packed),
+            (Err(packed), Err(unpacked)) if unpacked.kind() == ErrorKind::Corrupt && !refused => Err(packed),
             (packed, unpacked) => unpacked.and(packed),
         }
     })?;

@@ -1,11 +1,13 @@
 //! The data directory.
 
 use crate::{
-    flatten, subvolume,
+    flatten,
+    limits::{self, Note},
+    subvolume,
     usage::{self, generation},
 };
-use graphdriver_core::{Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
-use graphdriver_quota::qgroup::{Qgroups, subvolume_id};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
+use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
 use rustix::{
     fs::{self, CWD, FlockOperation, Mode},
     io::Errno,
@@ -49,7 +51,7 @@ impl Home {
     /// Makes what is missing of `path`, which is absolute. Refuses one that is something else.
     pub(crate) fn open(path: &Path, privileged: bool) -> Result<Home> {
         check_version(path)?;
-        for dir in ["layers", "usage", "flat", "stale"] {
+        for dir in ["layers", "usage", "limits", "flat", "stale"] {
             make_dirs(&path.join(dir))?;
         }
         let layers = subvolume::open(CWD, path.join("layers")).doing(|| format!("opening {}", path.display()))?;
@@ -86,14 +88,18 @@ impl Home {
         self.remove(id)?;
         let new = format!("new-{id}");
         let made = (|| {
-            self.build(&new, parent.as_ref(), limits)?;
+            self.build(id, &new, parent.as_ref(), limits)?;
             match subvolume::rename(self.layers(), &new, &id.to_string()) {
                 Err(Errno::EXIST) => Err(exists()),
                 renamed => renamed.doing(|| format!("renaming {new}")),
             }
         })();
         if made.is_err() {
-            let cleaned = self.destroy(&new);
+            let cleaned = self.destroy(&new).and_then(|()| match self.layer(id) {
+                // Somebody else's.
+                Ok(_) => Ok(()),
+                Err(_) => remove_file(&self.limit_note(id)),
+            });
             cleaned.inspect_err(|e| tracing::warn!("{new} stays until the next reclaim: {e}")).ok();
         }
         made?;
@@ -101,7 +107,7 @@ impl Home {
         if durable { fs::fsync(&self.layers).doing(|| "flushing the directory of layers") } else { Ok(()) }
     }
 
-    fn build(&self, new: &str, parent: Option<&Root>, limits: Limits) -> Result<()> {
+    fn build(&self, id: LayerId, new: &str, parent: Option<&Root>, limits: Limits) -> Result<()> {
         match parent {
             Some(parent) => subvolume::snapshot(parent.as_fd(), self.layers(), new, false)?,
             None => subvolume::create(self.layers(), new)?,
@@ -110,18 +116,60 @@ impl Home {
         if parent.is_none() {
             fs::fchmod(&root, Mode::from(0o755))?;
         }
-        match &self.quotas {
-            Some(quotas) if limits != Limits::default() => quotas.limit(subvolume_id(root.as_fd())?, limits),
+        match (&self.quotas, limits.size) {
+            (Some(quotas), Some(_)) => self.limit(id, root.as_fd(), quotas, limits.size),
             _ => Ok(()),
+        }
+    }
+
+    /// Limits what a layer takes by itself, all of it: also what simple quotas do not count, as it was there before them.
+    pub(crate) fn limit(
+        &self,
+        id: LayerId,
+        root: BorrowedFd<'_>,
+        quotas: &Qgroups,
+        size: Option<ByteSize>,
+    ) -> Result<()> {
+        let subvolume = subvolume_id(root)?;
+        let Some(size) = size else {
+            quotas.limit(subvolume, Limits::default())?;
+            return self.forget_limit(id);
+        };
+        let uncounted = match quotas.accounting() {
+            Accounting::Simple => usage::uncounted(root)?,
+            Accounting::Full => 0,
+        };
+        let told = ByteSize(size.0.saturating_sub(uncounted).max(1));
+        quotas.limit(subvolume, Limits { size: Some(told), inodes: None })?;
+        limits::write(&self.limit_note(id), Note { size, told })
+    }
+
+    pub(crate) fn forget_limit(&self, id: LayerId) -> Result<()> {
+        remove_file(&self.limit_note(id))
+    }
+
+    /// The limit that was asked for.
+    pub(crate) fn noted(&self, id: LayerId) -> Result<Option<Note>> {
+        limits::read(&self.limit_note(id))
+    }
+
+    /// The limit that the kernel holds now.
+    pub(crate) fn enforced(&self, layer: &Root) -> Result<Option<ByteSize>> {
+        let Some(quotas) = &self.quotas else { return Ok(None) };
+        match quotas.state(subvolume_id(layer.as_fd())?) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            state => Ok(state?.limits.size),
         }
     }
 
     /// Freezes a layer, durably: its data and what it takes before the flag that says it is whole.
     pub(crate) fn commit(&self, id: LayerId) -> Result<()> {
         let layer = self.layer(id)?;
-        if subvolume::is_read_only(layer.as_fd())? {
+        // With subvolumes in it, it is one whose commit was killed, and that a container then has made read-only.
+        if self.committed(id, &layer)?.is_some() && subvolume::nested_directly(layer.as_fd())?.is_empty() {
             return self.flush();
         }
+        self.activate(id, &layer)?;
         flatten::flatten(&layer, &self.intent(id), &mut |ids| self.mark(ids))?;
         self.flush()?;
         usage::record(&self.record(id), self.measure(layer.as_fd())?)?;
@@ -129,6 +177,22 @@ impl Home {
         // Somebody may have written between the two.
         self.flush()?;
         self.tidy()
+    }
+
+    /// What a committed layer takes by itself, as it was written down then; none for an active one. The read-only flag
+    /// alone says nothing: whoever owns the root of an active layer can set it, a container too.
+    pub(crate) fn committed(&self, id: LayerId, layer: &Root) -> Result<Option<Usage>> {
+        if subvolume::is_read_only(layer.as_fd())? { usage::recorded(&self.record(id)) } else { Ok(None) }
+    }
+
+    /// Makes a layer that is not committed writable, whatever a container did to its flag. The record of a commit that
+    /// was killed goes, or that flag would make a commit of it.
+    pub(crate) fn activate(&self, id: LayerId, layer: &Root) -> Result<()> {
+        remove_file(&self.record(id))?;
+        if subvolume::is_read_only(layer.as_fd())? {
+            subvolume::set_read_only(layer.as_fd(), false).doing(|| format!("making layer {id} writable"))?;
+        }
+        Ok(())
     }
 
     /// Writes down what anybody has written to the filesystem, and reports it if something could not be.
@@ -139,12 +203,10 @@ impl Home {
     /// What the layer takes by itself: as it was written down when it was committed, or now.
     pub(crate) fn usage(&self, id: LayerId) -> Result<Usage> {
         let layer = self.layer(id)?;
-        if subvolume::is_read_only(layer.as_fd())?
-            && let Some(usage) = usage::recorded(&self.record(id))?
-        {
-            return Ok(usage);
+        match self.committed(id, &layer)? {
+            Some(usage) => Ok(usage),
+            None => self.measure(layer.as_fd()),
         }
-        self.measure(layer.as_fd())
     }
 
     fn measure(&self, root: BorrowedFd<'_>) -> Result<Usage> {
@@ -152,6 +214,8 @@ impl Home {
         if let Some(quotas) = self.quotas.as_ref().filter(|quotas| !quotas.inconsistent()) {
             match quotas.state(subvolume_id(root)?) {
                 Err(e) if e.kind() == ErrorKind::NotFound => {}
+                // They do not count what was there before them.
+                state if quotas.accounting() == Accounting::Simple => usage.bytes = usage.bytes.max(state?.used.bytes),
                 state => usage.bytes = state?.used.bytes,
             }
         }
@@ -181,7 +245,7 @@ impl Home {
     pub(crate) fn remove(&self, id: LayerId) -> Result<()> {
         self.remove_name(&id.to_string())?;
         self.remove_name(&format!("new-{id}"))?;
-        for file in [self.record(id), self.intent(id)] {
+        for file in [self.record(id), self.limit_note(id), self.intent(id)] {
             remove_file(&file)?;
         }
         self.tidy()
@@ -204,12 +268,14 @@ impl Home {
         subvolume::destroy(self.layers(), name, &mut |ids| self.mark(ids))
     }
 
-    /// Notes subvolumes that are about to be deleted, because their qgroups can go only after them.
+    /// Notes subvolumes that are about to be deleted, because their qgroups can go only after them. Their limits go now:
+    /// in a full subvolume none that is nested could be deleted.
     fn mark(&self, ids: &[u64]) -> Result<()> {
-        if self.quotas.is_none() || !self.privileged {
-            return Ok(());
-        }
+        let Some(quotas) = self.quotas.as_ref().filter(|_| self.privileged) else { return Ok(()) };
         for id in ids {
+            if quotas.state(*id).is_ok_and(|state| state.limits.size.is_some()) {
+                quotas.limit(*id, Limits::default())?;
+            }
             let mark = self.path.join("stale").join(id.to_string());
             File::create(&mark).doing(|| format!("writing {}", mark.display()))?;
         }
@@ -242,11 +308,19 @@ impl Home {
                     _ => false,
                 },
             };
-            if leftover {
-                let root = subvolume::open(self.layers(), &name);
-                freed.bytes += root.ok().and_then(|root| self.measure(root.as_fd()).ok()).unwrap_or_default().bytes;
-                freed.layers += 1;
-                if name.starts_with("removed-") { self.destroy(&name)? } else { self.remove_name(&name)? }
+            if !leftover {
+                continue;
+            }
+            let root = subvolume::open(self.layers(), &name);
+            let bytes = root.ok().and_then(|root| self.measure(root.as_fd()).ok()).unwrap_or_default().bytes;
+            let removed = if name.starts_with("removed-") { self.destroy(&name) } else { self.remove_name(&name) };
+            match removed {
+                Ok(()) => {
+                    freed.bytes += bytes;
+                    freed.layers += 1;
+                }
+                // One that cannot be removed keeps no other.
+                Err(e) => tracing::warn!("{name} stays until the next reclaim: {e}"),
             }
         }
         drop(no_frozen);
@@ -259,11 +333,15 @@ impl Home {
     fn reclaim_notes(&self) -> Result<()> {
         for (name, path) in entries(&self.path.join("flat"))? {
             let Ok(id) = name.parse() else { continue };
-            flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids))?;
+            let undone = flatten::undo(self.layer(id).ok().as_ref(), &path, &mut |ids| self.mark(ids));
+            undone.unwrap_or_else(|e| tracing::warn!("{} stays until the next reclaim: {e}", path.display()));
         }
-        for (name, path) in entries(&self.path.join("usage"))? {
-            if name.parse().is_ok_and(|id| self.layer(id).is_err()) {
-                remove_file(&path)?;
+        for dir in ["usage", "limits"] {
+            for (name, path) in entries(&self.path.join(dir))? {
+                let id = name.strip_suffix(".new").unwrap_or(&name).parse();
+                if id.is_ok_and(|id| self.layer(id).is_err()) {
+                    remove_file(&path)?;
+                }
             }
         }
         Ok(())
@@ -276,6 +354,17 @@ impl Home {
         subvolume::snapshot(layer.as_fd(), self.layers(), &name, true).doing(|| format!("freezing layer {id}"))?;
         let root = subvolume::open(self.layers(), &name).doing(|| format!("opening {name}"))?;
         Ok(Frozen { home: self, name, root, _lock: lock })
+    }
+
+    /// Removes the temporary snapshots of those who were killed. It waits for nobody who has one.
+    pub(crate) fn thaw(&self) -> Result<()> {
+        let mut all = entries(&self.path.join("layers"))?;
+        all.retain(|(name, _)| name.starts_with("frozen-"));
+        if all.is_empty() || !self.privileged {
+            return Ok(());
+        }
+        let Some(_alone) = self.lock_frozen(FlockOperation::NonBlockingLockExclusive)? else { return Ok(()) };
+        all.iter().try_for_each(|(name, _)| self.destroy(name))
     }
 
     /// Held shared by whoever has a temporary snapshot: one that is there when nobody holds it was left by a crash. None
@@ -291,6 +380,10 @@ impl Home {
 
     fn record(&self, id: LayerId) -> PathBuf {
         self.path.join("usage").join(id.to_string())
+    }
+
+    fn limit_note(&self, id: LayerId) -> PathBuf {
+        self.path.join("limits").join(id.to_string())
     }
 
     fn intent(&self, id: LayerId) -> PathBuf {

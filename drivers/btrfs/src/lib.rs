@@ -5,12 +5,14 @@
 //! ```text
 //! HOME/version            the format: "graphdriver btrfs 1"
 //! HOME/layers/ID          the layer's subvolume: all of its tree, not only what differs from its parents; read-only once
-//!                         it is committed, and then without subvolumes nested in it
+//!                         it is committed, and then without subvolumes nested in it. A container can set that flag too,
+//!                         so a layer is committed if it has it and HOME/usage/ID is there
 //! HOME/layers/new-ID      a layer being created
 //! HOME/layers/removed-*   a subvolume being removed
 //! HOME/layers/frozen-*    a read-only snapshot of an active layer, there while somebody reads where it has changed
 //! HOME/frozen.lock        held with flock(2), shared, by whoever has one of these
 //! HOME/usage/ID           what a committed layer takes by itself: bytes and inodes, decimal
+//! HOME/limits/ID          the size that was asked for and what the kernel was told, bytes, decimal
 //! HOME/flat/ID            nested subvolumes of the layer are being made directories; held with flock(2) by who does it.
 //!                         Its content is the name in the layer's root where that is done
 //! HOME/stale/N            subvolume N is deleted and its qgroup 0/N perhaps not
@@ -22,18 +24,21 @@
 //!
 //! A layer gets its name when it is whole, by a rename; that commits the filesystem before `create` returns, if the layer is
 //! to be durable. `commit` first flushes the data, then writes down what the layer takes, then sets the read-only flag,
-//! which commits the filesystem. So a layer with the flag is whole. One that was interrupted after the flag is read-only,
+//! which commits the filesystem. So a layer with both is whole. One that was interrupted after the flag is read-only,
 //! and committing it again succeeds. A removal begins with a rename and ends when the kernel has been told to free the
 //! subvolume; it does so by itself, also over a crash. Leftovers have names by which `reclaim` finds them.
+//! A diff that is killed leaves its snapshot to whoever opens the data directory next.
 //!
 //! # Space
 //!
-//! Sizes are limits of a layer's qgroup on exclusive bytes: what it takes beyond what it shares with its parent. A layer's
+//! Sizes are limits of a layer's qgroup on exclusive bytes: what it takes beyond what it shares with its parent. The kernel
+//! forgets them when somebody turns quotas off, so a mount for writing sets them again, or fails. A layer's
 //! usage is explained at the module `usage`. Data in a subvolume that a container makes inside its layer counts for that
 //! subvolume, until the layer is committed.
 
 mod flatten;
 mod home;
+mod limits;
 mod native;
 mod options;
 mod probe;
@@ -44,9 +49,9 @@ mod usage;
 
 use graphdriver_core::{
     Access, ByteSize, Capabilities, Context, DriverFactory, Error, ErrorKind, GraphDriver, LayerId, LayerOptions,
-    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Unmet, Usage,
+    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Unmet, Usage,
 };
-use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
+use graphdriver_quota::qgroup::{Accounting, Qgroups};
 use home::Home;
 use native::{Changed, Everywhere};
 use options::Wishes;
@@ -96,6 +101,8 @@ impl Btrfs {
         let support = probe::support(path)?;
         let mut home = Home::open(path, support.privileged)?;
         home.quotas = probe::quotas(path, &wishes)?;
+        // The next one tries again.
+        home.thaw().unwrap_or_else(|e| tracing::warn!("snapshots of a killed diff stay: {e}"));
         home.tidy()?;
         let capabilities = probe::capabilities(&support, home.quotas.is_some() && support.privileged);
         Ok(Btrfs { home, support, min_space: wishes.min_space, capabilities })
@@ -133,11 +140,25 @@ impl Btrfs {
         Ok(limits)
     }
 
+    /// Sets a layer's limit again if the filesystem has lost it, as its quotas were off meanwhile.
+    fn enforce(&self, id: LayerId, layer: &Root) -> Result<()> {
+        let Some(note) = self.home.noted(id)? else { return Ok(()) };
+        if self.home.enforced(layer)?.is_some() {
+            return Ok(());
+        }
+        let set = self.quotas().and_then(|quotas| self.home.limit(id, layer.as_fd(), quotas, Some(note.size)));
+        set.doing(|| format!("setting the limit of {} again, which the filesystem has lost", note.size))
+    }
+
     fn recipe(&self, id: LayerId, access: Access) -> Result<Mount> {
         let layer = self.home.layer(id)?;
-        if access == Access::ReadWrite && subvolume::is_read_only(layer.as_fd())? {
-            let why = format!("layer {id} is committed, and can be mounted for reading only");
-            return Err(Error::new(ErrorKind::InvalidInput, why));
+        if access == Access::ReadWrite {
+            if self.home.committed(id, &layer)?.is_some() {
+                let why = format!("layer {id} is committed, and can be mounted for reading only");
+                return Err(Error::new(ErrorKind::InvalidInput, why));
+            }
+            self.home.activate(id, &layer)?;
+            self.enforce(id, &layer)?;
         }
         let mode = if access == Access::ReadOnly { "ro" } else { "rw" };
         Ok(Mount { fstype: "bind".into(), source: self.home.path(id), options: vec!["bind".into(), mode.into()] })
@@ -194,23 +215,27 @@ impl GraphDriver for Btrfs {
     }
 
     fn limits(&self, id: LayerId) -> Result<Limits> {
-        let layer = self.home.layer(id)?;
-        match &self.home.quotas {
-            None => Ok(Limits::default()),
-            Some(quotas) => match subvolume_id(layer.as_fd()).and_then(|subvolume| quotas.state(subvolume)) {
-                Err(e) if e.kind() == ErrorKind::NotFound => Ok(Limits::default()),
-                state => state.map(|state| state.limits).doing(|| format!("asking for the limits of layer {id}")),
-            },
-        }
+        let limits = || {
+            let (enforced, noted) = (self.home.enforced(&self.home.layer(id)?)?, self.home.noted(id)?);
+            let size = match (enforced, noted) {
+                // Changed by hand.
+                (Some(size), note) if note.is_none_or(|note| note.told != size) => Some(size),
+                // Nobody can write to the layer before it is enforced.
+                (_, note) => note.map(|note| note.size),
+            };
+            Ok::<_, Error>(Limits { size, inodes: None })
+        };
+        limits().doing(|| format!("asking for the limits of layer {id}"))
     }
 
     fn set_limits(&self, id: LayerId, limits: Limits) -> Result<()> {
         let set = || {
             let layer = self.home.layer(id)?;
-            match self.checked(limits)? == Limits::default() && self.home.quotas.is_none() {
-                true => Ok(()),
-                false => self.quotas()?.limit(subvolume_id(layer.as_fd())?, limits),
+            let size = self.checked(limits)?.size;
+            if size.is_none() && self.home.enforced(&layer)?.is_none() {
+                return self.home.forget_limit(id);
             }
+            self.home.limit(id, layer.as_fd(), self.quotas()?, size)
         };
         set().doing(|| format!("limiting layer {id}"))
     }
@@ -260,7 +285,7 @@ impl Btrfs {
             return Ok(None);
         }
         let born = usage::born(&info);
-        if subvolume::is_read_only(layer.as_fd())? {
+        if self.home.committed(id, &layer)?.is_some() {
             return Changed::between(layer.as_fd(), parent.as_fd(), born).map(Some);
         }
         // Full qgroups count what a snapshot shares as nobody's own, so a limit would not hold while there is one.

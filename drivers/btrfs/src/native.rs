@@ -15,14 +15,13 @@
 
 use crate::{
     stream::{self, Event},
-    subvolume::Nested,
-    sys, usage,
+    subvolume::{self, Nested},
+    usage,
 };
-use btrfs_disk::items::{InodeExtref, InodeItem, InodeRef};
+use btrfs_disk::items::InodeItem;
 use btrfs_uapi::{
-    raw::{BTRFS_INODE_EXTREF_KEY, BTRFS_INODE_ITEM_KEY, BTRFS_INODE_REF_KEY},
+    raw::BTRFS_INODE_ITEM_KEY,
     send_receive::{SendFlags, send},
-    tree_search::{Key, SearchFilter, tree_search},
 };
 use graphdriver_core::{Candidates, Context, Narrow, Result};
 use graphdriver_quota::qgroup::subvolume_id;
@@ -31,10 +30,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     ffi::OsString,
     io,
-    os::{
-        fd::{AsRawFd, BorrowedFd},
-        unix::ffi::OsStringExt,
-    },
+    os::fd::{AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -125,18 +121,15 @@ impl Changed {
                 several.push(key.objectid);
             }
         })?;
-        let id = subvolume_id(layer)?;
         let mut dirs = HashMap::new();
         for inode in several {
-            for (dir, name) in names_of(layer, inode)? {
+            for (dir, name) in subvolume::names_of(layer, inode)? {
                 let path = match dirs.get(&dir) {
                     Some(path) => path,
-                    None => {
-                        let path = sys::path_of(layer, id, dir).doing(|| "looking up a hard link")?;
-                        dirs.entry(dir).or_insert(path)
-                    }
+                    None => dirs.entry(dir).or_insert(subvolume::path_of(layer, dir)?),
                 };
-                self.touch(&path.join(name));
+                // A frozen layer has no directory that is gone.
+                path.iter().for_each(|path: &PathBuf| self.touch(&path.join(&name)));
             }
         }
         Ok(())
@@ -145,35 +138,6 @@ impl Changed {
 
 fn is_directory(inode: &InodeItem) -> bool {
     FileType::from_raw_mode(inode.mode) == FileType::Directory
-}
-
-/// The names of an inode, each with the inode number of the directory it is in.
-fn names_of(layer: BorrowedFd<'_>, inode: u64) -> Result<Vec<(u64, OsString)>> {
-    let key = |item_type, offset| Key { objectid: inode, item_type, offset };
-    let filter = SearchFilter {
-        tree_id: 0,
-        start: key(BTRFS_INODE_REF_KEY, 0),
-        end: key(BTRFS_INODE_EXTREF_KEY, u64::MAX),
-        min_transid: 0,
-        max_transid: u64::MAX,
-    };
-    let mut names = Vec::new();
-    let searched = tree_search(layer, filter, |header, data| {
-        match header.item_type {
-            BTRFS_INODE_REF_KEY => {
-                let refs = InodeRef::parse_all(data).into_iter();
-                names.extend(refs.map(|r| (header.offset, OsString::from_vec(r.name))));
-            }
-            BTRFS_INODE_EXTREF_KEY => {
-                let refs = InodeExtref::parse_all(data).into_iter();
-                names.extend(refs.map(|r| (r.parent, OsString::from_vec(r.name))));
-            }
-            _ => {}
-        }
-        Ok(())
-    });
-    searched.map_err(io::Error::from).doing(|| "looking up hard links")?;
-    Ok(names)
 }
 
 #[cfg(test)]

@@ -1,9 +1,17 @@
 //! Subvolumes by open directories.
 
 use crate::sys;
-use btrfs_uapi::subvolume::{
-    SubvolumeFlags, SubvolumeInfo, subvol_rootrefs, subvolume_delete_by_id, subvolume_flags_get, subvolume_flags_set,
-    subvolume_info,
+use btrfs_disk::items::{InodeExtref, InodeRef, QgroupStatus, RootRef};
+use btrfs_uapi::{
+    raw::{
+        BTRFS_INODE_EXTREF_KEY, BTRFS_INODE_REF_KEY, BTRFS_QGROUP_STATUS_KEY, BTRFS_QUOTA_TREE_OBJECTID,
+        BTRFS_ROOT_REF_KEY, BTRFS_ROOT_TREE_OBJECTID,
+    },
+    subvolume::{
+        SubvolumeFlags, SubvolumeInfo, subvol_rootrefs, subvolume_delete, subvolume_delete_by_id, subvolume_flags_get,
+        subvolume_flags_set, subvolume_info,
+    },
+    tree_search::{Key, SearchFilter, SearchHeader, tree_search},
 };
 use btrfsutil::subvolume::{SnapshotFlags, Subvolume};
 use graphdriver_core::{Context, Error, ErrorKind, Result, Root, root::proc_path};
@@ -14,9 +22,12 @@ use rustix::{
 };
 use std::{
     collections::VecDeque,
-    ffi::OsStr,
+    ffi::{CString, OsStr, OsString},
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -103,12 +114,82 @@ pub(crate) fn nested_directly(root: BorrowedFd<'_>) -> Result<Vec<Nested>> {
     for child in found {
         match sys::place_of(root, child.treeid, child.dirid) {
             Ok((dir, name)) => nested.push(Nested { path: dir.join(name), id: child.treeid }),
+            Err(e) if e.raw_os_error() == libc_errno(Errno::NAMETOOLONG) => {
+                let found = deep_place_of(root, child.treeid).doing(|| "finding a subvolume far below its layer");
+                nested.extend(found?.map(|path| Nested { path, id: child.treeid }));
+            }
             // Somebody deleted it a moment ago.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::from(e).doing(format!("looking for nested subvolume {}", child.treeid))),
         }
     }
     Ok(nested)
+}
+
+/// What [`sys::place_of`] tells, for a path of any length. None if the subvolume is gone. Needs CAP_SYS_ADMIN.
+fn deep_place_of(root: BorrowedFd<'_>, id: u64) -> Result<Option<PathBuf>> {
+    let key = Key { objectid: subvolume_id(root)?, item_type: BTRFS_ROOT_REF_KEY, offset: id };
+    let mut found = None;
+    search(root, BTRFS_ROOT_TREE_OBJECTID.into(), key, key, &mut |_, data| found = RootRef::parse(data))?;
+    let Some(reference) = found else { return Ok(None) };
+    Ok(path_of(root, reference.dirid)?.map(|dir| dir.join(OsStr::from_bytes(&reference.name))))
+}
+
+/// The path of a directory from the root of its subvolume, however long; none if it is gone. `BTRFS_IOC_INO_LOOKUP` knows
+/// none that is longer than 4080 bytes. Needs CAP_SYS_ADMIN.
+pub(crate) fn path_of(subvolume: BorrowedFd<'_>, mut directory: u64) -> Result<Option<PathBuf>> {
+    let mut names = Vec::new();
+    while directory != ROOT_INODE {
+        let Some((above, name)) = names_of(subvolume, directory)?.pop() else { return Ok(None) };
+        names.push(name);
+        directory = above;
+    }
+    Ok(Some(names.iter().rev().collect()))
+}
+
+/// The names of an inode, each with the inode number of the directory it is in. Needs CAP_SYS_ADMIN.
+pub(crate) fn names_of(subvolume: BorrowedFd<'_>, inode: u64) -> Result<Vec<(u64, OsString)>> {
+    let key = |item_type, offset| Key { objectid: inode, item_type, offset };
+    let (start, end) = (key(BTRFS_INODE_REF_KEY, 0), key(BTRFS_INODE_EXTREF_KEY, u64::MAX));
+    let mut names = Vec::new();
+    search(subvolume, 0, start, end, &mut |header, data| match header.item_type {
+        BTRFS_INODE_REF_KEY => {
+            let refs = InodeRef::parse_all(data).into_iter();
+            names.extend(refs.map(|r| (header.offset, OsString::from_vec(r.name))));
+        }
+        BTRFS_INODE_EXTREF_KEY => {
+            let refs = InodeExtref::parse_all(data).into_iter();
+            names.extend(refs.map(|r| (r.parent, OsString::from_vec(r.name))));
+        }
+        _ => {}
+    })?;
+    Ok(names)
+}
+
+/// The transaction from which on simple quotas count what is written. Needs CAP_SYS_ADMIN.
+pub(crate) fn simple_quotas_since(file: BorrowedFd<'_>) -> Result<u64> {
+    let key = Key { objectid: 0, item_type: BTRFS_QGROUP_STATUS_KEY, offset: 0 };
+    let mut since = None;
+    search(file, BTRFS_QUOTA_TREE_OBJECTID.into(), key, key, &mut |_, data| {
+        since = QgroupStatus::parse(data).and_then(|status| status.enable_gen);
+    })?;
+    since.ok_or_else(|| Error::new(ErrorKind::Unsupported, "the filesystem does not tell since when it counts"))
+}
+
+/// The items of a tree from one key to another; tree 0 is that of the subvolume `file` is in.
+fn search(
+    file: BorrowedFd<'_>,
+    tree_id: u64,
+    start: Key,
+    end: Key,
+    visit: &mut dyn FnMut(&SearchHeader, &[u8]),
+) -> Result<()> {
+    let filter = SearchFilter { tree_id, start, end, min_transid: 0, max_transid: u64::MAX };
+    let searched = tree_search(file, filter, |header, data| {
+        visit(header, data);
+        Ok(())
+    });
+    searched.map_err(io::Error::from).doing(|| "reading the filesystem's trees")
 }
 
 /// All subvolumes in that whose root is given, and those in them: outer before inner.
@@ -158,12 +239,13 @@ pub(crate) fn destroy(dir: BorrowedFd<'_>, name: &str, doomed: &mut dyn FnMut(&[
     loosened(root.as_fd(), || delete(dir, name.as_ref(), id)).doing(|| format!("deleting subvolume {name}"))
 }
 
-fn split(root: &Root, path: &Path) -> Result<(OwnedFd, std::ffi::OsString)> {
+fn split(root: &Root, path: &Path) -> Result<(OwnedFd, OsString)> {
     let name = path.file_name().expect("a nested subvolume has a name").to_owned();
     Ok((root.open_dir_nofollow(path.parent().unwrap_or(Path::new("")))?, name))
 }
 
-fn loosened(root: BorrowedFd<'_>, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
+/// Does something again that was refused, after taking away from `root` what may be the reason.
+pub(crate) fn loosened(root: BorrowedFd<'_>, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
     let refused = [libc_errno(Errno::PERM), libc_errno(Errno::ACCESS), libc_errno(Errno::ROFS)];
     match act() {
         Err(e) if refused.contains(&e.raw_os_error()) => {
@@ -189,6 +271,10 @@ fn delete(dir: BorrowedFd<'_>, name: &OsStr, id: u64) -> io::Result<()> {
                 return Err(e);
             }
             std::fs::remove_dir_all(path)
+        }
+        // The kernel looks for its path from the top of the filesystem, and that may be too long.
+        Err(e) if e.raw_os_error() == libc_errno(Errno::NAMETOOLONG) => {
+            Ok(subvolume_delete(dir, &CString::new(name.as_bytes())?)?)
         }
         // The cleaner has it already.
         Err(e) if e.kind() == io::ErrorKind::NotFound && fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).is_err() => {

@@ -1,9 +1,7 @@
-//! The ioctls whose wrappers elsewhere take paths for UTF-8.
+//! The ioctl whose wrapper elsewhere takes paths for UTF-8.
 #![allow(unsafe_code)]
 
-use btrfs_uapi::raw::{
-    btrfs_ioc_ino_lookup, btrfs_ioc_ino_lookup_user, btrfs_ioctl_ino_lookup_args, btrfs_ioctl_ino_lookup_user_args,
-};
+use btrfs_uapi::raw::{btrfs_ioc_ino_lookup_user, btrfs_ioctl_ino_lookup_user_args};
 use std::{
     ffi::{CStr, OsStr, OsString, c_char},
     io::Result,
@@ -15,21 +13,13 @@ use std::{
 };
 
 /// Where the subvolume `id` lies: the directory it is in, from the directory `dir` on, and its name. `dirid` is the inode
-/// number of the former (`BTRFS_IOC_INO_LOOKUP_USER`, Linux 4.18; kernel `include/uapi/linux/btrfs.h`).
+/// number of the former. Fails with ENAMETOOLONG if it is more than 3824 bytes away (`BTRFS_IOC_INO_LOOKUP_USER`, Linux 4.18; kernel `include/uapi/linux/btrfs.h`).
 pub(crate) fn place_of(dir: BorrowedFd<'_>, id: u64, dirid: u64) -> Result<(PathBuf, OsString)> {
     let args = btrfs_ioctl_ino_lookup_user_args { dirid, treeid: id, name: [0; 256], path: [0; 3824] };
     let mut args = Box::new(args);
     // SAFETY: `args` is the whole structure the kernel reads and writes, and lives longer than the call.
     unsafe { btrfs_ioc_ino_lookup_user(dir.as_raw_fd(), &raw mut *args) }?;
     Ok((text(&args.path).into(), text(&args.name)))
-}
-
-/// The path of a directory from the root of the subvolume `id`. Needs CAP_SYS_ADMIN (`BTRFS_IOC_INO_LOOKUP`).
-pub(crate) fn path_of(file: BorrowedFd<'_>, id: u64, dirid: u64) -> Result<PathBuf> {
-    let mut args = Box::new(btrfs_ioctl_ino_lookup_args { treeid: id, objectid: dirid, name: [0; 4080] });
-    // SAFETY: `args` is the whole structure the kernel reads and writes, and lives longer than the call.
-    unsafe { btrfs_ioc_ino_lookup(file.as_raw_fd(), &raw mut *args) }?;
-    Ok(text(&args.name).into())
 }
 
 /// What the kernel wrote, without the slash that ends a directory's path.

@@ -52,17 +52,30 @@ pub(crate) fn own_items(file: BorrowedFd<'_>, born: u64, visit: &mut dyn FnMut(K
 
 /// What a subvolume takes that it does not share with the one it is a snapshot of, by its own metadata.
 pub(crate) fn own(file: BorrowedFd<'_>, info: &SubvolumeInfo) -> Result<Usage> {
+    own_before(file, info, u64::MAX)
+}
+
+/// The bytes of it that simple quotas do not count: what was written before they were turned on.
+pub(crate) fn uncounted(file: BorrowedFd<'_>) -> Result<u64> {
+    let (info, on) = (subvolume::info(file)?, subvolume::simple_quotas_since(file)?);
+    // Most layers are younger, and then nothing is read.
+    if info.otransid >= on { Ok(0) } else { Ok(own_before(file, &info, on)?.bytes) }
+}
+
+/// What of it was written before transaction `end`.
+fn own_before(file: BorrowedFd<'_>, info: &SubvolumeInfo, end: u64) -> Result<Usage> {
     let born = born(info);
+    let own = |transaction: u64| (born + 1..end).contains(&transaction);
     let (mut usage, mut extents) = (Usage::default(), HashSet::new());
     own_items(file, born, &mut |key, data| match key.item_type {
         BTRFS_INODE_ITEM_KEY => {
             let Some(inode) = InodeItem::parse(data) else { return };
             // One without a name was removed, and the kernel has not got round to it.
-            usage.inodes += u64::from(inode.generation > born && inode.nlink > 0);
-            usage.bytes += if inode.transid > born { data.len() as u64 + ITEM_HEADER } else { 0 };
+            usage.inodes += u64::from(own(inode.generation) && inode.nlink > 0);
+            usage.bytes += if own(inode.transid) { data.len() as u64 + ITEM_HEADER } else { 0 };
         }
         BTRFS_EXTENT_DATA_KEY => {
-            let Some(extent) = FileExtentItem::parse(data).filter(|extent| extent.generation > born) else { return };
+            let Some(extent) = FileExtentItem::parse(data).filter(|extent| own(extent.generation)) else { return };
             usage.bytes += data.len() as u64 + ITEM_HEADER;
             if let FileExtentBody::Regular { disk_bytenr, disk_num_bytes, .. } = extent.body
                 && disk_bytenr != 0
@@ -138,7 +151,8 @@ pub(crate) fn recorded(path: &Path) -> Result<Option<Usage>> {
     let Some(line) = text.strip_suffix('\n') else { return Ok(None) };
     let numbers = line.split_once(' ').and_then(|(bytes, inodes)| Some((bytes.parse().ok()?, inodes.parse().ok()?)));
     let (bytes, inodes) = numbers.ok_or_else(|| {
-        Error::new(ErrorKind::Corrupt, format!("{} says {text:?}", path.display())).hint("remove the file")
+        Error::new(ErrorKind::Corrupt, format!("{} says {text:?}", path.display()))
+            .hint("write there what the layer takes, bytes and inodes, as: 4096 1")
     })?;
     Ok(Some(Usage { bytes, inodes }))
 }

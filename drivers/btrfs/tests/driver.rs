@@ -119,6 +119,106 @@ fn nested_subvolumes_are_seen_become_directories_at_commit_and_go_with_their_lay
 }
 
 #[test]
+fn subvolumes_too_deep_for_a_path_are_seen_become_directories_and_go_with_their_layer() {
+    needs!("subvolumes_too_deep_for_a_path_are_seen_become_directories_and_go_with_their_layer");
+    for quota in [SIMPLE, FULL, &[]] {
+        let rig = Rig::with(quota);
+        rig.layer(1, &[], |_| {});
+        for id in [2, 3] {
+            rig.create(id, &[1]);
+            let rw = rig.view(id, Access::ReadWrite);
+            let deep = common::deep(&rw.join("."));
+            subvolume(&deep.join("outer"));
+            // Names in a layer's tar end at 4095 bytes, and so does what is copied.
+            let deeper = if id == 2 { View::at(&deep.join("outer")) } else { common::deep(&deep.join("outer")) };
+            subvolume(&deeper.join("inner"));
+            fs::write(deeper.join("inner/f"), "f").unwrap();
+            fs::write(deeper.join("inner/g"), "g").unwrap();
+            fs::hard_link(deeper.join("inner/f"), deeper.join("inner/h")).unwrap();
+            subvolume(&rw.join("short"));
+            read_only(&deep.join("outer"));
+        }
+        let below = vec!["d".repeat(250); 20].join("/");
+        let seen = changes(&rig, 3, 1);
+        assert!(seen.contains(&format!("A /{below}/outer/{below}/inner/f")), "{} changes", seen.len());
+        let seen = changes(&rig, 2, 1);
+        assert!(seen.contains(&format!("A /{below}/outer/inner/f")), "{} changes", seen.len());
+        assert!(seen.contains(&"A /short".to_owned()));
+        rig.driver.commit(layer(2)).unwrap();
+        rig.create(4, &[2, 1]);
+        assert_eq!(changes(&rig, 2, 1), seen);
+        let e = rig.driver.commit(layer(3)).unwrap_err();
+        assert!(e.to_string().contains("longer than 4095 bytes"), "{e}");
+        rig.driver.remove(layer(3)).unwrap();
+        assert_eq!(rig.subvolumes(), ["1", "2", "4"]);
+        for id in [4, 2, 1] {
+            rig.driver.remove(layer(id)).unwrap();
+        }
+        rig.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_leftover_that_cannot_be_removed_keeps_no_other() {
+    needs!("a_leftover_that_cannot_be_removed_keeps_no_other");
+    let rig = Rig::with(SIMPLE);
+    let layers = rig.home.join("layers");
+    let busy = layers.join("removed-7/busy");
+    fs::create_dir_all(&busy).unwrap();
+    let other = rig.disk.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let mounted = mount::detached(&[common::bind(&other)]).unwrap();
+    mount::attach(std::os::fd::AsFd::as_fd(&mounted), std::os::fd::AsFd::as_fd(&fs::File::open(&busy).unwrap()))
+        .unwrap();
+    drop(mounted);
+    rig.create(8, &[]);
+    subvolume(&layers.join("removed-9"));
+    fs::write(rig.home.join("flat/7"), "").unwrap();
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 2);
+    assert_eq!((common::names(&layers), common::names(&rig.home.join("flat"))), (vec!["removed-7".to_owned()], vec![]));
+    mount::unmount(&busy, true).unwrap();
+    assert_eq!(rig.driver.reclaim(&|_| false).unwrap().layers, 1);
+    rig.assert_nothing_left();
+}
+
+#[test]
+fn a_layer_that_a_container_made_read_only_is_not_taken_for_committed() {
+    needs!("a_layer_that_a_container_made_read_only_is_not_taken_for_committed");
+    let rig = Rig::with(SIMPLE);
+    rig.layer(1, &[], |_| {});
+    let fill = |id| {
+        rig.create(id, &[1]);
+        let rw = rig.view(id, Access::ReadWrite);
+        subvolume(&rw.join("nested"));
+        fs::write(rw.join("nested/f"), "f").unwrap();
+        read_only(&rw.join("."));
+    };
+    fill(2);
+    assert_eq!(changes(&rig, 2, 1), ["A /nested", "A /nested/f"]);
+    fs::write(rig.view(2, Access::ReadWrite).join("g"), "g").unwrap();
+    assert_eq!(changes(&rig, 2, 1), ["A /g", "A /nested", "A /nested/f"]);
+
+    // Committed as it is, and when a commit that was killed has left its record.
+    fill(3);
+    fill(4);
+    drop(rig.view(4, Access::ReadWrite));
+    fs::write(rig.home.join("usage/4"), "4096 1\n").unwrap();
+    fs::write(rig.view(4, Access::ReadWrite).join("g"), "g").unwrap();
+    read_only(&rig.home.join("layers/4"));
+    // Or while the container ran on.
+    fill(5);
+    fs::write(rig.home.join("usage/5"), "4096 1\n").unwrap();
+    for id in [2, 3, 4, 5] {
+        rig.driver.commit(layer(id)).unwrap();
+        let e = rig.driver.mount(layer(id), &[layer(1)], Access::ReadWrite).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidInput);
+        rig.create(id + 10, &[id, 1]);
+        assert_eq!(fs::read(rig.view(id + 10, Access::ReadOnly).join("nested/f")).unwrap(), b"f");
+    }
+    assert_eq!(rig.subvolumes(), ["1", "12", "13", "14", "15", "2", "3", "4", "5"]);
+}
+
+#[test]
 fn what_a_crash_left_of_making_directories_is_removed() {
     needs!("what_a_crash_left_of_making_directories_is_removed");
     let rig = Rig::with(&[]);
@@ -222,8 +322,58 @@ fn limits_are_set_changed_taken_away_and_gone_with_the_layer() {
         assert_eq!(rig.driver.limits(layer(2)).unwrap(), size(50 * MIB));
         quotas.remove(&path).unwrap();
         quotas.remove(&path.join("gone")).unwrap();
-        assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
+        assert_eq!(rig.driver.limits(layer(2)).unwrap(), size(45 * MIB), "as it was asked for");
         rig.driver.remove(layer(2)).unwrap();
+        rig.driver.remove(layer(1)).unwrap();
+        rig.assert_nothing_left();
+    }
+}
+
+#[test]
+fn the_removal_of_layers_does_not_make_the_counts_inconsistent() {
+    needs!("the_removal_of_layers_does_not_make_the_counts_inconsistent");
+    let rig = Rig::with(FULL);
+    let quotas = Qgroups::open(&rig.home).unwrap().unwrap();
+    let dir = fs::File::open(&rig.home).unwrap();
+    rig.layer(1, &[], |tree| fs::write(tree.join("f"), vec![1; 1_000_000]).unwrap());
+    for round in 0..20 {
+        let ids = 10 * round + 10..10 * round + 20;
+        for id in ids.clone() {
+            rig.create(id, &[1]);
+            fs::write(rig.view(id, Access::ReadWrite).join("g"), vec![2; 100_000]).unwrap();
+        }
+        rustix::fs::syncfs(&dir).unwrap();
+        ids.for_each(|id| rig.driver.remove(layer(id)).unwrap());
+        btrfs_uapi::filesystem::sync(std::os::fd::AsFd::as_fd(&dir)).unwrap();
+        // The cleaner is at work: whoever looks now may look between its transactions.
+        for _ in 0..100 {
+            rig.reopened();
+            assert!(!quotas.inconsistent(), "no limit holds on the whole filesystem any more");
+        }
+    }
+    rig.driver.remove(layer(1)).unwrap();
+    rig.assert_nothing_left();
+}
+
+#[test]
+fn a_full_layer_with_subvolumes_in_it_is_removed() {
+    needs!("a_full_layer_with_subvolumes_in_it_is_removed");
+    for quota in [SIMPLE, FULL] {
+        let rig = Rig::with(quota);
+        let limited = LayerOptions { size: Some(ByteSize(5_000_000)), inodes: None, durable: true };
+        rig.driver.create(layer(1), &[], &limited).unwrap();
+        let rw = rig.view(1, Access::ReadWrite);
+        subvolume(&rw.join("sub"));
+        subvolume(&rw.join("sub/inner"));
+        let fill = |name: String, bytes: usize| {
+            let file = fs::File::create(rw.join(&name))?;
+            std::io::Write::write_all(&mut &file, &vec![7; bytes]).and_then(|()| file.sync_all())
+        };
+        for bytes in [100_000, 1] {
+            let full = (0..10_000).find_map(|n| fill(format!("{bytes}-{n}"), bytes).err()).unwrap();
+            assert_eq!(full.kind(), std::io::ErrorKind::QuotaExceeded);
+        }
+        drop(rw);
         rig.driver.remove(layer(1)).unwrap();
         rig.assert_nothing_left();
     }
@@ -235,18 +385,69 @@ fn quotas_turned_off_meanwhile_hinder_nothing_but_limits() {
     let rig = Rig::with(SIMPLE);
     rig.layer(1, &[], |tree| fs::write(tree.join("f"), vec![1; 100_000]).unwrap());
     rig.create(2, &[1]);
-    let dir = fs::File::open(&rig.home).unwrap();
-    btrfs_uapi::quota::quota_disable(std::os::fd::AsFd::as_fd(&dir)).unwrap();
+    rig.quotas_off();
     let size = Limits { size: Some(ByteSize(1 << 24)), inodes: None };
     let e = rig.driver.set_limits(layer(2), size).unwrap_err();
     assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
     assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
+    rig.driver.set_limits(layer(2), Limits::default()).unwrap();
     fs::write(rig.view(2, Access::ReadWrite).join("g"), vec![1; 100_000]).unwrap();
     rig.driver.commit(layer(2)).unwrap();
     assert!((100_000..200_000).contains(&rig.driver.usage(layer(2)).unwrap().bytes));
     rig.driver.remove(layer(2)).unwrap();
     rig.driver.remove(layer(1)).unwrap();
     rig.assert_nothing_left();
+}
+
+#[test]
+fn a_limit_that_the_filesystem_forgot_is_set_again_or_nobody_writes() {
+    needs!("a_limit_that_the_filesystem_forgot_is_set_again_or_nobody_writes");
+    let size = Limits { size: Some(ByteSize(10_000_000)), inodes: None };
+    for quota in [SIMPLE, FULL] {
+        let rig = Rig::with(quota);
+        rig.layer(1, &[], |tree| fs::write(tree.join("base"), vec![1; 20_000_000]).unwrap());
+        let limited = LayerOptions { size: size.size, inodes: None, durable: true };
+        rig.driver.create(layer(2), &[layer(1)], &limited).unwrap();
+        rig.create(3, &[1]);
+        for id in [2, 3] {
+            fs::write(rig.view(id, Access::ReadWrite).join("before"), vec![2; 6_000_000]).unwrap();
+        }
+        rustix::fs::syncfs(fs::File::open(&rig.home).unwrap()).unwrap();
+        rig.quotas_off();
+        let plain = rig.at(&rig.home, &[]);
+        for driver in [&rig.driver, &plain.driver] {
+            let e = driver.mount(layer(2), &[layer(1)], Access::ReadWrite).unwrap_err();
+            assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
+            driver.mount(layer(2), &[layer(1)], Access::ReadOnly).unwrap();
+            assert_eq!(driver.limits(layer(2)).unwrap(), size, "it is what holds as soon as anybody can write");
+        }
+        // The data of that time counts, too.
+        let driver = rig.reopened();
+        common::settle(std::os::fd::AsFd::as_fd(&fs::File::open(&rig.home).unwrap()));
+        driver.set_limits(layer(3), size).unwrap();
+        for id in [2, 3] {
+            let usage = driver.usage(layer(id)).unwrap().bytes;
+            assert!((6_000_000..7_000_000).contains(&usage), "{quota:?}: {usage}");
+            let rw = rig.view(id, Access::ReadWrite);
+            assert_eq!(driver.limits(layer(id)).unwrap(), size);
+            let write = |name: &str, bytes: usize| {
+                let file = fs::File::create(rw.join(name)).unwrap();
+                let written = std::io::Write::write_all(&mut &file, &vec![3; bytes]).and_then(|()| file.sync_all());
+                written.map_err(|e| e.kind())
+            };
+            write("fits", 2_000_000).unwrap();
+            assert_eq!(write("more", 6_000_000), Err(std::io::ErrorKind::QuotaExceeded), "{quota:?}");
+        }
+        driver.set_limits(layer(2), Limits::default()).unwrap();
+        rig.quotas_off();
+        driver.mount(layer(2), &[layer(1)], Access::ReadWrite).unwrap();
+        assert_eq!(driver.limits(layer(2)).unwrap(), Limits::default());
+        driver.set_limits(layer(3), Limits::default()).unwrap();
+        driver.mount(layer(3), &[layer(1)], Access::ReadWrite).unwrap();
+        drop(plain);
+        [3, 2, 1].into_iter().for_each(|id| driver.remove(layer(id)).unwrap());
+        rig.assert_nothing_left();
+    }
 }
 
 #[test]

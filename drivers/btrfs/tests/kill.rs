@@ -111,6 +111,50 @@ fn a_process_killed_at_any_moment_leaves_layers_whole_or_not_at_all() {
     rig.assert_nothing_left();
 }
 
+#[test]
+fn what_a_killed_diff_left_goes_when_the_data_is_opened_and_what_a_live_one_uses_stays() {
+    const NAME: &str = "what_a_killed_diff_left_goes_when_the_data_is_opened_and_what_a_live_one_uses_stays";
+    if let Some(home) = std::env::var_os(INSIDE) {
+        let driver = Btrfs::open(Path::new(&home), &Options::default()).unwrap();
+        loop {
+            driver.native_diff().unwrap().narrow(LayerId(2), &[BASE]).unwrap();
+        }
+    }
+    needs!("what_a_killed_diff_left_goes_when_the_data_is_opened_and_what_a_live_one_uses_stays");
+    let rig = Rig::with(OPTIONS);
+    rig.layer(BASE.0, &[], |_| {});
+    rig.create(2, &[BASE.0]);
+    fill(&rig.driver, LayerId(2));
+    let frozen = || common::names(&rig.home.join("layers")).into_iter().find(|name| name.starts_with("frozen-"));
+    // It may be killed just after it has removed its snapshot.
+    let left = (0..50).find_map(|_| {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env(INSIDE, &rig.home)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while frozen().is_none() {
+            assert_eq!(child.try_wait().unwrap(), None, "it failed before it was killed");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        frozen()
+    });
+    let left = left.expect("no kill came while a snapshot was there");
+    let lock = fs::File::open(rig.home.join("frozen.lock")).unwrap();
+    lock.lock_shared().unwrap();
+    rig.reopened();
+    assert_eq!(frozen().as_ref(), Some(&left), "somebody may be using it");
+    drop(lock);
+    rig.reopened();
+    assert_eq!(frozen(), None);
+    rig.driver.remove(LayerId(2)).unwrap();
+    rig.driver.remove(BASE).unwrap();
+    rig.assert_nothing_left();
+}
+
 /// What the store does when it is opened after a crash, and a look at what is there then. Returns where it was killed.
 fn recover(rig: &Rig, log: &Path) -> Option<String> {
     let driver = rig.reopened();

@@ -52,6 +52,10 @@ pub struct Rig {
 pub struct View(OwnedFd);
 
 impl View {
+    pub fn at(dir: &Path) -> View {
+        View(fs::File::open(dir).unwrap().into())
+    }
+
     pub fn of(rig: &Rig, id: u64) -> View {
         rig.view(id, Access::ReadOnly)
     }
@@ -103,6 +107,11 @@ impl Rig {
         View(mount::detached(&self.driver.mount(LayerId(id), &[], access).unwrap()).unwrap())
     }
 
+    /// As an administrator turns them off.
+    pub fn quotas_off(&self) {
+        quota::quota_disable(fs::File::open(&self.home).unwrap().as_fd()).unwrap();
+    }
+
     /// What is in `HOME/layers` of subvolumes, with those nested in them.
     pub fn subvolumes(&self) -> Vec<String> {
         let dir = fs::File::open(&self.home).unwrap();
@@ -128,7 +137,7 @@ impl Rig {
             }
             assert!(Instant::now() < deadline, "qgroups are left: {groups:?}");
         }
-        for dir in ["layers", "usage", "flat", "stale"] {
+        for dir in ["layers", "usage", "limits", "flat", "stale"] {
             assert_eq!(names(&self.home.join(dir)), [""; 0], "left in {dir}");
         }
     }
@@ -148,6 +157,17 @@ pub fn settle(dir: BorrowedFd<'_>) {
 /// Makes a subvolume, as somebody in a container does.
 pub fn subvolume(path: &Path) {
     btrfsutil::subvolume::Subvolume::create(path, None).unwrap();
+}
+
+/// A directory so far below `top` that no system call takes its path.
+pub fn deep(top: &Path) -> View {
+    let mut dir = View::at(top);
+    for _ in 0..20 {
+        let below = dir.join(&"d".repeat(250));
+        fs::create_dir(&below).unwrap();
+        dir = View::at(&below);
+    }
+    dir
 }
 
 pub fn read_only(path: &Path) {
