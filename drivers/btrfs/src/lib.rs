@@ -244,6 +244,10 @@ impl GraphDriver for Btrfs {
         self.home.usage(id).doing(|| format!("measuring layer {id}"))
     }
 
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        self.home.layer(id).and_then(|layer| self.home.activate(id, &layer)).doing(|| format!("thawing layer {id}"))
+    }
+
     fn remove(&self, id: LayerId) -> Result<()> {
         self.home.remove(id).doing(|| format!("removing layer {id}"))
     }
