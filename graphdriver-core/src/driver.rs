@@ -98,11 +98,7 @@ pub trait GraphDriver: Send + Sync {
 
     /// Undoes a `commit` that nobody was told of, because it failed or the store could not record it, or that a crash
     /// interrupted: the layer is active, with what it holds, and can be written to. Of an active layer: no error.
-    ///
-    /// A driver need not have it whose committed layers are frozen by nothing but what the store says.
-    fn thaw(&self, _id: LayerId) -> Result<()> {
-        Ok(())
-    }
+    fn thaw(&self, id: LayerId) -> Result<()>;
 
     /// The recipe that shows the layer on top of its parents; several steps are carried out in order on one target.
     /// `ReadWrite` is for active layers only.

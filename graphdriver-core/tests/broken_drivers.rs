@@ -25,6 +25,7 @@ enum Fault {
     KeepsLimits,
     CommitForgets,
     CommitDoesNotFreeze,
+    ThawDoesNothing,
     RemoveFailsTheSecondTime,
     RemoveKeepsTheLayer,
     ReclaimFreesTheKnown,
@@ -79,6 +80,7 @@ const MUST_NOTICE: &[(Fault, &[&str])] = &[
     ),
     (Fault::CommitForgets, &["commit_can_be_repeated", "layers_are_there_after_opening_again"]),
     (Fault::CommitDoesNotFreeze, &["a_committed_layer_cannot_be_mounted_for_writing"]),
+    (Fault::ThawDoesNothing, &["a_commit_can_be_undone"]),
     (Fault::RemoveFailsTheSecondTime, &["remove_can_be_repeated"]),
     (Fault::RemoveKeepsTheLayer, &["remove_can_be_repeated", "a_number_can_be_made_again_after_removal"]),
     (Fault::ReclaimFreesTheKnown, &["reclaim_frees_the_unknown_and_keeps_the_known"]),
@@ -199,6 +201,10 @@ impl GraphDriver for Broken {
             }
             _ => self.model.commit(id),
         }
+    }
+
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        if self.fault == Fault::ThawDoesNothing { Ok(()) } else { self.model.thaw(id) }
     }
 
     fn mount(&self, id: LayerId, parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {

@@ -46,6 +46,12 @@ pub(super) const CASES: &[Case] = &[
         run: commit_twice,
     },
     Case {
+        name: "a_commit_can_be_undone",
+        story: "Atomic: what the store could not record, or a crash cut off, did not happen",
+        needs: everyone,
+        run: thaw,
+    },
+    Case {
         name: "a_number_can_be_made_again_after_removal",
         story: "containerd testsuite, key reuse after remove: nothing of the old layer may shine through",
         needs: everyone,
@@ -197,6 +203,24 @@ fn commit_twice(subject: &mut dyn Subject) -> Result<()> {
         subject.driver().commit(A)?;
         same_tree(&format!("the layer committed {time}"), &snapshot(subject, A, &[])?, &before);
     }
+    Ok(())
+}
+
+fn thaw(subject: &mut dyn Subject) -> Result<()> {
+    subject.driver().create(A, &[], PLAIN)?;
+    write(subject, A, &[], &[Op::write("f", "1"), Op::mkdir("d")])?;
+    for text in ["2", "3"] {
+        subject.driver().commit(A)?;
+        // Also of one that is active.
+        for _ in 0..2 {
+            subject.driver().thaw(A)?;
+        }
+        write(subject, A, &[], &[Op::write("f", text)])?;
+    }
+    let before = snapshot(subject, A, &[])?;
+    subject.driver().commit(A)?;
+    same_tree("the layer committed in the end", &snapshot(subject, A, &[])?, &before);
+    assert_eq!(kind(subject.driver().thaw(B)), ErrorKind::NotFound);
     Ok(())
 }
 
