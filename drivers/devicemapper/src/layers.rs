@@ -177,6 +177,9 @@ impl Layers {
     fn drop_base(&self, turn: &mut Turn<'_>) -> Result<()> {
         let Some(Base { thin, size, .. }) = turn.state.base else { return Ok(()) };
         turn.ready()?;
+        // From here on nothing may be made of it, also if this is all that comes to pass.
+        turn.state.base.as_mut().expect("it was just there").ready = false;
+        turn.save()?;
         let name = base_name(&turn.state);
         match self.pool.wishes.discard {
             true => turn.discard(&name, thin, size)?,
@@ -406,6 +409,19 @@ impl Layers {
         Ok(reclaimed)
     }
 
+    /// Lets everything sleep that was woken here, and takes the pool down if there are no layers in it.
+    pub(crate) fn close(&self) -> Result<()> {
+        let mut turn = self.pool.turn()?;
+        for id in self.pool.held_now() {
+            turn.deactivate(id)?;
+        }
+        if turn.state.layers.is_empty() {
+            self.drop_base(&mut turn)?;
+            storage::take_down(&self.pool.kernel, &turn.state)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn status(&self) -> Result<Vec<(String, String)>> {
         let turn = self.pool.turn()?;
         let (state, status) = (&turn.state, turn.status()?);
@@ -434,23 +450,9 @@ impl Layers {
     }
 }
 
-/// Lets everything sleep that was woken here, and takes the pool down if there are no layers in it.
 impl Drop for Layers {
     fn drop(&mut self) {
-        let close = || -> Result<()> {
-            let mut turn = self.pool.turn()?;
-            for id in self.pool.held_now() {
-                turn.deactivate(id)?;
-            }
-            if turn.state.layers.is_empty() {
-                self.drop_base(&mut turn)?;
-                storage::take_down(&self.pool.kernel, &turn.state)?;
-            }
-            Ok(())
-        };
-        if let Err(e) = close() {
-            tracing::debug!("closing devicemapper: {e}");
-        }
+        self.close().unwrap_or_else(|e| tracing::debug!("closing devicemapper: {e}"));
     }
 }
 
