@@ -127,7 +127,8 @@ impl Layers {
         refuse_smaller(wanted, size)?;
         let grow = wanted > size;
         let phase = if grow { Phase::Making } else { Phase::Active };
-        Ok(Layer { thin, size: wanted, fs, parent, phase, written: false, grow, inodes, usage: None })
+        let (written, lacking, usage) = (false, false, None);
+        Ok(Layer { thin, size: wanted, fs, parent, phase, written, grow, inodes, lacking, usage })
     }
 
     /// Makes the filesystem as large as the layer, which then is in that phase.
@@ -214,17 +215,35 @@ impl Layers {
         if layer.phase == Phase::Committed {
             return Ok(());
         }
+        self.refuse_lacking(&mut self.pool.turn()?, id)?;
         let all_inodes = match layer.written {
             true => self.settle(id, &layer)?,
             false => untouched(&layer),
         };
         let mut turn = self.pool.turn()?;
+        self.refuse_lacking(&mut turn, id)?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
         let layer = turn.state.layer_mut(id)?;
         let inodes = all_inodes.saturating_sub(layer.inodes);
         layer.usage = Some(Size { bytes, inodes, all_inodes });
         layer.phase = Phase::Committed;
         turn.save()
+    }
+
+    /// Fails if what was written to the layer may not have found room. Once known, that stays so when there is room again.
+    fn refuse_lacking(&self, turn: &mut Turn<'_>, id: LayerId) -> Result<()> {
+        let layer = turn.state.layer_mut(id)?;
+        if layer.lacking {
+            let e = Error::new(ErrorKind::Corrupt, "the pool was full, and some of what was written to it may be lost");
+            return Err(e.hint("copy what is of use out of it, remove it, and make it again"));
+        }
+        if !layer.written {
+            return Ok(());
+        }
+        let Err(full) = turn.refuse_full() else { return Ok(()) };
+        turn.state.layer_mut(id)?.lacking = true;
+        turn.save()?;
+        Err(full)
     }
 
     /// Makes sure that nobody writes to the layer any more, and that all of it is on the pool with nothing left in a log.
@@ -284,11 +303,19 @@ impl Layers {
         let mut turn = self.pool.turn()?;
         let layer = turn.state.visible(id)?.clone();
         let Some(parent) = layer.parent else { return Ok(Box::new(Everything)) };
+        // Freezing it would have to write.
+        if layer.phase == Phase::Active && turn.status()?.is_full() {
+            return Ok(Box::new(Everything));
+        }
         // Mounted first: that replays the log of a crash.
         let (upper, node) = self.view(&mut turn, id)?;
         let (lower, _) = self.view(&mut turn, parent)?;
-        if layer.phase == Phase::Active {
-            self.pool.kernel.quiesce(&turn.state.device_name(id))?;
+        if layer.phase == Phase::Active
+            && let Err(e) = self.pool.kernel.quiesce(&turn.state.device_name(id))
+        {
+            // Its filesystem gave up when the pool was full, perhaps.
+            tracing::debug!("layer {id} is compared as a whole: {e}");
+            return Ok(Box::new(Everything));
         }
         let blocks = self.compare(&mut turn, id)?.changed;
         let device = std::fs::File::open(&node)?;
@@ -335,6 +362,7 @@ impl Layers {
         let size = round(size.0);
         refuse_smaller(size, layer.size)?;
         if size > layer.size {
+            turn.refuse_full()?;
             let layer = turn.state.layer_mut(id)?;
             (layer.size, layer.grow) = (size, true);
             turn.save()?;

@@ -32,7 +32,7 @@ pub(crate) const SPECS: &[OptionSpec] = specs! {
     "dm.thinp_autoextend_threshold": "percent of the data in use from which on the pool on dm.directlvm_device grows; default: 80",
     "dm.thinp_autoextend_percent": "by how many percent it then grows, as far as the device goes; default: 20",
     "dm.override_udev_sync_check": "refused: devices are found without udev",
-    "dm.xfs_nospace_max_retries": "refused: graphdriver describes mounts and does not tune them",
+    "dm.xfs_nospace_max_retries": "refused: it is always 0, so that a full pool makes nobody wait for ever",
     "dm.libdm_log_level": "refused: libdm is not used",
 };
 

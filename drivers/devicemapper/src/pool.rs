@@ -12,6 +12,7 @@
 
 use crate::{
     dm::{Info, Kernel, SECTOR, Target},
+    filesystem,
     metadata::Metadata,
     options::{Direct, From, Wishes},
     state::{Layer, Phase, State, Storage},
@@ -87,6 +88,7 @@ impl Pool {
         let lock = self.lock()?;
         let state = self.look()?;
         storage::set_up(&self.kernel, &self.home, &state)?;
+        filesystem::never_retry(&state.prefix());
         Ok(Turn { pool: self, state, _lock: lock })
     }
 
@@ -205,6 +207,16 @@ impl Turn<'_> {
         let hint = "layers can still be read; unmount them, take the pool down (dmsetup remove), repair it with \
                     thin_check --clear-needs-check-flag or thin_repair, with more room for metadata";
         Err(Error::new(kind, why).hint(hint))
+    }
+
+    /// Fails if there is no room for data.
+    pub(crate) fn refuse_full(&self) -> Result<()> {
+        if !self.status()?.is_full() {
+            return Ok(());
+        }
+        let why =
+            format!("the data of pool {} are full, and what was written last may be lost", self.state.pool_name());
+        Err(Error::new(ErrorKind::OutOfSpace, why).hint("remove images or containers, or make the pool larger"))
     }
 
     fn forget_thin(&self, thin: u32) -> Result<()> {

@@ -95,6 +95,9 @@ pub(crate) struct Layer {
     pub grow: bool,
     /// Inodes in use before anything was written to it.
     pub inodes: u64,
+    /// Whether a commit found the pool full, so that it may lack what was written to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lacking: bool,
     /// As it was when the layer was committed.
     #[serde(default)]
     pub usage: Option<Size>,
@@ -237,6 +240,7 @@ mod tests {
             written: true,
             grow: false,
             inodes: 3,
+            lacking: false,
             usage,
         };
         state.layers.insert(LayerId(1), layer);

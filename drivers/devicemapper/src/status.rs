@@ -51,6 +51,11 @@ impl Used {
 }
 
 impl PoolStatus {
+    /// Whether there is no room for data, so that what filesystems still have in memory may be lost.
+    pub(crate) fn is_full(&self) -> bool {
+        self.mode == Mode::OutOfData || self.data.total > 0 && self.data.used >= self.data.total
+    }
+
     /// Reads the line without its first fields, start, length and `thin-pool`.
     pub(crate) fn parse(line: &str) -> Result<PoolStatus> {
         if matches!(line.trim(), "Fail" | "Error") {

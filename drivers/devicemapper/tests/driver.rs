@@ -7,7 +7,7 @@ mod skip;
 
 use common::{BASE_SIZE, Pool, Rig, no_devicemapper, run};
 use graphdriver_core::{
-    Access, ByteSize, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
+    Access, ByteSize, Candidates, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
 };
 use graphdriver_devicemapper::{DeviceMapper, FACTORY};
 use rustix::{
@@ -55,11 +55,16 @@ fn show(rig: &Rig, id: LayerId, access: Access) -> OwnedFd {
     mount::detached(&rig.driver().mount(id, &[], access).unwrap()).unwrap()
 }
 
+/// What files are full of.
+fn pattern() -> Vec<u8> {
+    (0..MIB).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
 /// Writes random bytes and waits until they are on the pool.
 fn fill(root: &OwnedFd, name: &str, bytes: u64) -> std::io::Result<()> {
     let flags = OFlags::CREATE | OFlags::RDWR;
     let file = File::from(rustix::fs::openat(root, name, flags, Mode::RUSR | Mode::WUSR)?);
-    let piece: Vec<u8> = (0..MIB).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let piece = pattern();
     (0..bytes / MIB).try_for_each(|n| file.write_all_at(&piece, n * MIB))?;
     file.sync_all()
 }
@@ -222,13 +227,30 @@ fn a_nearly_full_pool_takes_no_more_layers() {
 #[test]
 fn a_full_pool_refuses_writers_and_damages_nothing() {
     needs_guest!("a_full_pool_refuses_writers_and_damages_nothing");
-    let options = [("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "96M"), ("dm.min_free_space", "0%")];
-    let mut rig = Rig::new(Pool::Loop, &options).unwrap();
+    SOON_FULL.iter().for_each(|options| refuses_writers_and_damages_nothing(options));
+}
+
+/// Pools that are full before the filesystems on them are.
+const SOON_FULL: [&[(&str, &str)]; 2] = [
+    &[("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "96M"), ("dm.min_free_space", "0%")],
+    // Its log alone is 64 MiB.
+    &[XFS, ("dm.loopdatasize", "176M"), ("dm.min_free_space", "0%")],
+];
+
+fn refuses_writers_and_damages_nothing(options: &[(&str, &str)]) {
+    let mut rig = Rig::new(Pool::Loop, options).unwrap();
     rig.driver().create(A, &[], &plain()).unwrap();
     fill(&show(&rig, A, Access::ReadWrite), "kept", 20 * MIB).unwrap();
     rig.driver().commit(A).unwrap();
     rig.driver().create(B, &[A], &plain()).unwrap();
-    assert!(full(fill(&show(&rig, B, Access::ReadWrite), "big", 100 * MIB)));
+    let root = show(&rig, B, Access::ReadWrite);
+    assert!(full(fill(&root, "big", 100 * MIB)));
+    let mut narrow = rig.driver().native_diff().unwrap().narrow(B, &[A]).unwrap();
+    assert_eq!(narrow.candidates(Path::new("")).unwrap(), Candidates::All, "a full pool compares by a walk");
+    drop((narrow, root));
+    // To grow, it would be suspended too, for which its filesystem flushes.
+    let grown = kind(rig.driver().set_limits(B, Limits { size: Some(ByteSize(BASE_SIZE * 2)), inodes: None }));
+    assert!([ErrorKind::OutOfSpace, ErrorKind::Io].contains(&grown), "{grown:?}");
     rig.driver().release(B).unwrap();
     assert_eq!(read(&rig, A, "kept").unwrap(), 20 * MIB);
     rig.driver().remove(B).unwrap();
@@ -238,6 +260,35 @@ fn a_full_pool_refuses_writers_and_damages_nothing() {
     fill(&show(&rig, C, Access::ReadWrite), "again", 10 * MIB).unwrap();
     rig.driver().commit(C).unwrap();
     assert_eq!(read(&rig, C, "again").unwrap(), 10 * MIB);
+}
+
+#[test]
+fn a_layer_that_lost_data_to_a_full_pool_is_not_committed() {
+    needs_guest!("a_layer_that_lost_data_to_a_full_pool_is_not_committed");
+    for options in SOON_FULL {
+        let rig = Rig::new(Pool::Loop, options).unwrap();
+        for id in [A, B] {
+            rig.driver().create(id, &[], &plain()).unwrap();
+        }
+        fill(&show(&rig, B, Access::ReadWrite), "small", 20 * MIB).unwrap();
+        rig.driver().release(B).unwrap();
+        let root = show(&rig, A, Access::ReadWrite);
+        // Only what is flushed learns that there was no room: a writer that does not wait is told that all is well.
+        let file = rustix::fs::openat(&root, "big", OFlags::CREATE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
+        let piece = vec![7; MIB as usize];
+        let file = File::from(file);
+        // Once it has noticed, a filesystem may refuse the rest.
+        let _ = (0..100).try_for_each(|n| file.write_all_at(&piece, n * MIB));
+        drop((file, root));
+        let refused = || rig.driver().commit(A).unwrap_err();
+        // A program that another test starts has inherited the mount for a moment.
+        let e = std::iter::repeat_with(refused).find(|e| e.kind() != ErrorKind::Busy).unwrap();
+        assert_eq!(e.kind(), ErrorKind::OutOfSpace, "{options:?}: {e}");
+        assert!(e.to_string().contains("full"), "{e}");
+        rig.driver().remove(B).unwrap();
+        assert_eq!(kind(rig.driver().commit(A)), ErrorKind::Corrupt, "room that comes later brings nothing back");
+        rig.driver().remove(A).unwrap();
+    }
 }
 
 #[test]
@@ -340,4 +391,12 @@ fn a_given_pool_has_to_be_empty_and_loop_files_can_grow() {
     rig.reopen_with("dm.loopdatasize", "512M").unwrap();
     assert_eq!(total(&rig), "537MB");
     assert_eq!(kind(rig.reopen_with("dm.loopdatasize", "128M")), ErrorKind::InvalidInput);
+}
+
+/// Takes a pool on a divided device down, as a reboot does.
+fn switch_off(rig: &mut Rig) {
+    rig.close();
+    let mut devices = rig.devices();
+    devices.sort_by_key(|name| !name.ends_with("pool"));
+    devices.iter().for_each(|name| drop(run(&["dmsetup", "remove", "--retry", name])));
 }
