@@ -67,7 +67,11 @@ impl Layers {
     fn finish_removals(&self) {
         let Ok(state) = self.pool.look() else { return };
         for id in state.layers.iter().filter(|(_, layer)| layer.phase == Phase::Removing).map(|(id, _)| *id) {
-            if let Err(e) = self.free(id) {
+            // Without waiting, which every command would do as long as somebody has it mounted.
+            let open = self.pool.kernel.info(&state.device_name(id)).is_ok_and(|info| info.is_some_and(|i| i.open > 0));
+            if open {
+                tracing::debug!("layer {id} is removed, and its device still in use");
+            } else if let Err(e) = self.free(id) {
                 tracing::debug!("layer {id} is removed, and its storage not free yet: {e}");
             }
         }
@@ -412,6 +416,10 @@ impl Layers {
         let Layer { thin, size, .. } = *layer;
         turn.ready()?;
         let name = turn.state.device_name(id);
+        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
+            return Err(Error::new(ErrorKind::Busy, format!("device {name} is in use"))
+                .hint(format!("`fuser -vm /dev/mapper/{name}` shows by whom")));
+        }
         match self.pool.wishes.discard {
             true => turn.discard(&name, thin, size)?,
             false => self.pool.kernel.remove(&name)?,

@@ -24,7 +24,7 @@ use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result};
 use std::{
     collections::BTreeSet,
     fs::File,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -402,7 +402,9 @@ impl Turn<'_> {
     /// Gives back the space below a device that is nobody's any more. Its name is taken for that.
     pub(crate) fn discard(&self, name: &str, thin: u32, size: u64) -> Result<()> {
         let node = self.show(name, thin, size, false)?;
-        let device = File::options().write(true).open(&node).doing(|| format!("opening {}", node.display()))?;
+        // Exclusively: a mounted filesystem, wherever it is mounted, would lose what it is on.
+        let options = File::options().write(true).custom_flags(libc::O_EXCL).open(&node);
+        let device = options.doing(|| format!("opening {} for its space to be given back", node.display()))?;
         let discarded = sys::discard(device.as_fd(), size).doing(|| format!("discarding {}", node.display()));
         drop(device);
         // A pool whose data cannot be discarded deletes its devices all the same.

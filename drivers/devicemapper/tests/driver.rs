@@ -292,6 +292,29 @@ fn a_layer_that_lost_data_to_a_full_pool_is_not_committed() {
 }
 
 #[test]
+fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
+    needs_guest!("a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted");
+    let deferred = [("dm.use_deferred_removal", "true"), ("dm.use_deferred_deletion", "true")];
+    // With ext4 the kernel itself refuses to discard a device whose superblock it has in memory.
+    let mut rig = Rig::new(Pool::Loop, &[&[XFS], &deferred[..]].concat()).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let shown = show(&rig, A, Access::ReadWrite);
+    fill(&shown, "early", MIB).unwrap();
+    rig.driver().remove(A).unwrap();
+    // Every opening looks for layers whose removal is to be finished.
+    rig.reopen().unwrap();
+    let file = rustix::fs::openat(&shown, "early", OFlags::RDONLY, Mode::empty()).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut found = vec![0; MIB as usize];
+    File::from(file).read_exact_at(&mut found, 0).unwrap();
+    assert!(found == pattern(), "what was written is there");
+    fill(&shown, "late", MIB).unwrap();
+    drop(shown);
+    rig.reopen().unwrap();
+    assert_eq!(rig.state()["layers"], serde_json::json!({}));
+}
+
+#[test]
 fn full_metadata_are_told_and_what_is_there_stays_readable() {
     needs_guest!("full_metadata_are_told_and_what_is_there_stays_readable");
     let rig =
