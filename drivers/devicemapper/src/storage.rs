@@ -215,11 +215,24 @@ fn need_given(kernel: &Kernel, name: &str) -> Result<()> {
     }
 }
 
+/// Resumes what the pool is made of if somebody was killed while making it larger: all that is asked of the pool would wait.
+fn wake_parts(kernel: &Kernel, state: &State) -> Result<()> {
+    for part in ["tmeta", "tdata"] {
+        let name = format!("{}{part}", state.prefix());
+        if kernel.info(&name)?.is_some_and(|info| info.suspended && info.live) {
+            kernel.resume(&name)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the pool's device unless it is there.
 pub(crate) fn set_up(kernel: &Kernel, home: &Path, state: &State) -> Result<()> {
     let name = state.pool_name();
-    if let Storage::Given { name } = &state.storage {
-        return need_given(kernel, name);
+    match &state.storage {
+        Storage::Given { name } => return need_given(kernel, name),
+        Storage::Direct { .. } => wake_parts(kernel, state)?,
+        _ => {}
     }
     if let Some(info) = kernel.info(&name)?.filter(|info| info.live) {
         // Whoever was giving it another table is gone: we have the lock.

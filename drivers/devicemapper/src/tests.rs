@@ -344,3 +344,33 @@ impl Drop for Disk {
         let _ = Command::new("losetup").args(["-d", &self.0]).status();
     }
 }
+
+#[test]
+fn a_crash_at_any_step_of_extending_leaves_nothing_suspended() {
+    needs_guest!("a_crash_at_any_step_of_extending_leaves_nothing_suspended");
+    let dir = TempDir::new().unwrap();
+    let disk = Disk::new(dir.path());
+    // With a threshold that is always reached it grows each time.
+    let rig = Rig::on(&[
+        ("dm.directlvm_device", &disk.0),
+        ("dm.thinp_percent", "30"),
+        ("dm.thinp_autoextend_threshold", "1"),
+        ("dm.thinp_autoextend_percent", "5"),
+    ]);
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let pool = &rig.driver().layers.pool;
+    for steps in 0.. {
+        let done = crash_after(steps, || pool.turn()?.extend());
+        let state = State::load(rig.home()).unwrap().unwrap();
+        crate::storage::set_up(&pool.kernel, rig.home(), &state).unwrap();
+        for part in ["pool", "tdata", "tmeta"] {
+            let info = pool.kernel.info(&format!("{}{part}", state.prefix())).unwrap().unwrap();
+            assert!(!info.suspended, "{part} after {steps} steps");
+        }
+        if let Some(done) = done {
+            done.unwrap();
+            assert!(steps > 5, "{steps}");
+            break;
+        }
+    }
+}
