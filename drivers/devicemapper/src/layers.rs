@@ -27,11 +27,13 @@ impl Layers {
         filesystem::choose(wishes.fs)?;
         let layers = Layers { pool: Pool::open(home, wishes)? };
         let mut turn = layers.pool.turn()?;
-        match turn.ready() {
-            Ok(_) => turn.extend()?,
+        match turn.agree()?.refuse_changes(&turn.state.pool_name()) {
+            Ok(()) => {
+                turn.ready()?;
+                turn.extend()?;
+            }
             // What is there can still be read.
-            Err(e) if e.kind() == ErrorKind::OutOfSpace => tracing::warn!("{e}"),
-            Err(e) => return Err(e),
+            Err(e) => tracing::warn!("{e}"),
         }
         warn_of_loop(&turn.state);
         layers.put_to_sleep(&turn)?;

@@ -16,7 +16,7 @@ use crate::{
     metadata::Metadata,
     options::{Direct, From, Wishes},
     state::{Layer, Phase, State, Storage},
-    status::{Mode, PoolStatus},
+    status::PoolStatus,
     storage, sys,
     sys::ByteLock,
 };
@@ -175,17 +175,10 @@ impl Turn<'_> {
 
     /// Makes sure that the pool can be changed, and finishes what an interrupted change left.
     pub(crate) fn ready(&mut self) -> Result<PoolStatus> {
-        let status = self.status()?;
-        self.refuse_broken(&status)?;
-        let State { transaction, intent, .. } = self.state;
+        let status = self.agree()?;
+        status.refuse_changes(&self.state.pool_name())?;
         let at = status.transaction;
-        if at != transaction && !(intent.is_some() && at == transaction + 1) {
-            let why = format!("the pool is at transaction {at}, and pool.json at {transaction}");
-            let hint = "one of them was restored from a backup, or another program uses the pool: restore both from the \
-                        same moment, or remove the data root and load the images again";
-            return Err(Error::new(ErrorKind::Corrupt, why).hint(hint));
-        }
-        if let Some(thin) = intent {
+        if let Some(thin) = self.state.intent {
             tracing::debug!(thin, "finishing an interrupted change of the pool");
             self.forget_thin(thin)?;
             self.count_up(at)?;
@@ -194,19 +187,19 @@ impl Turn<'_> {
         Ok(status)
     }
 
-    fn refuse_broken(&self, status: &PoolStatus) -> Result<()> {
-        let name = self.state.pool_name();
-        if !status.needs_check && matches!(status.mode, Mode::Writable | Mode::OutOfData) {
-            return Ok(());
+    /// Fails if the pool's own state and ours are not of the same moment, or if nothing can be said of the pool.
+    pub(crate) fn agree(&self) -> Result<PoolStatus> {
+        let status = self.status()?;
+        status.refuse_failed(&self.state.pool_name())?;
+        let State { transaction, intent, .. } = self.state;
+        let at = status.transaction;
+        if at != transaction && !(intent.is_some() && at == transaction + 1) {
+            let why = format!("the pool is at transaction {at}, and pool.json at {transaction}");
+            let hint = "one of them was restored from a backup, or another program uses the pool: restore both from the \
+                        same moment, or remove the data root and load the images again";
+            return Err(Error::new(ErrorKind::Corrupt, why).hint(hint));
         }
-        let full = status.metadata.used >= status.metadata.total.saturating_sub(2);
-        let (kind, why) = match full {
-            true => (ErrorKind::OutOfSpace, format!("the metadata of pool {name} are full")),
-            false => (ErrorKind::Corrupt, format!("the kernel takes no more changes to pool {name}")),
-        };
-        let hint = "layers can still be read; unmount them, take the pool down (dmsetup remove), repair it with \
-                    thin_check --clear-needs-check-flag or thin_repair, with more room for metadata";
-        Err(Error::new(kind, why).hint(hint))
+        Ok(status)
     }
 
     /// Fails if there is no room for data.

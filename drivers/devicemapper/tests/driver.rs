@@ -315,6 +315,25 @@ fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
 }
 
 #[test]
+fn a_pool_that_takes_no_changes_is_still_read() {
+    needs_guest!("a_pool_that_takes_no_changes_is_still_read");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.close();
+    let pool = rig.devices().into_iter().find(|name| name.ends_with("pool")).unwrap();
+    let table = run(&["dmsetup", "table", &pool]);
+    let table = table.trim().replace(" 2 skip_block_zeroing", " 3 read_only skip_block_zeroing");
+    run(&["dmsetup", "load", &pool, "--table", &table]);
+    run(&["dmsetup", "resume", &pool]);
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    let e = rig.driver().create(B, &[A], &plain()).unwrap_err();
+    assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("no more changes"), "{e}");
+}
+
+#[test]
 fn full_metadata_are_told_and_what_is_there_stays_readable() {
     needs_guest!("full_metadata_are_told_and_what_is_there_stays_readable");
     let rig =
