@@ -5,7 +5,7 @@ use crate::{
     metadata::{Difference, Metadata},
     narrow::{Changed, Everything, Ext4, Inodes},
     options::{Fs, Wishes},
-    pool::{Pool, Turn},
+    pool::{Borrowed, Pool, Turn},
     state::{Base, Layer, Phase, Size, State, Storage},
     step, storage,
 };
@@ -284,7 +284,7 @@ impl Layers {
         }
         let all_inodes = match layer.written {
             true => {
-                let node = self.pool.turn()?.activate(id)?;
+                let (node, _borrowed) = self.pool.turn()?.borrow(id)?;
                 filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
             }
             false => untouched(&layer),
@@ -305,7 +305,9 @@ impl Layers {
     }
 
     /// Narrows a walk over the layer and its parent.
-    pub(crate) fn narrow(&self, id: LayerId) -> Result<Box<dyn Narrow>> {
+    pub(crate) fn narrow(&self, id: LayerId) -> Result<Box<dyn Narrow + '_>> {
+        // Before the turn, so that they are given back after it.
+        let mut devices = Vec::new();
         let mut turn = self.pool.turn()?;
         let layer = turn.state.visible(id)?.clone();
         let Some(parent) = layer.parent else { return Ok(Box::new(Everything)) };
@@ -314,8 +316,8 @@ impl Layers {
             return Ok(Box::new(Everything));
         }
         // Mounted first: that replays the log of a crash.
-        let (upper, node) = self.view(&mut turn, id)?;
-        let (lower, _) = self.view(&mut turn, parent)?;
+        let (upper, node) = self.view(&mut turn, id, &mut devices)?;
+        let (lower, _) = self.view(&mut turn, parent, &mut devices)?;
         if layer.phase == Phase::Active
             && let Err(e) = self.pool.kernel.quiesce(&turn.state.device_name(id))
         {
@@ -330,7 +332,9 @@ impl Layers {
             Fs::Ext4 => Ext4::read(&device).map(Inodes::Ext4),
         };
         match inodes {
-            Ok(inodes) => Ok(Box::new(Changed { inodes, blocks, block: turn.state.block, lower, upper })),
+            Ok(inodes) => {
+                Ok(Box::new(Changed { inodes, blocks, block: turn.state.block, lower, upper, _devices: devices }))
+            }
             Err(e) => {
                 tracing::debug!("layer {id} is compared as a whole: {e}");
                 Ok(Box::new(Everything))
@@ -339,8 +343,14 @@ impl Layers {
     }
 
     /// The layer as a detached mount for reading, and its device.
-    fn view(&self, turn: &mut Turn<'_>, id: LayerId) -> Result<(OwnedFd, PathBuf)> {
-        let node = turn.activate(id)?;
+    fn view<'a>(
+        &self,
+        turn: &mut Turn<'a>,
+        id: LayerId,
+        devices: &mut Vec<Borrowed<'a>>,
+    ) -> Result<(OwnedFd, PathBuf)> {
+        let (node, borrowed) = turn.borrow(id)?;
+        devices.push(borrowed);
         let layer = &turn.state.layers[&id];
         let committed = layer.phase == Phase::Committed;
         let recipe = filesystem::recipe(layer.fs, &node, committed, Access::ReadOnly, &self.pool.wishes.mount);
@@ -390,9 +400,12 @@ impl Layers {
             let e = Error::new(ErrorKind::Busy, "it is mounted, or something else holds its device");
             return Err(e.hint(format!("`fuser -vm /dev/mapper/{name}` shows who uses it")));
         }
+        if !open && !self.pool.claim(id)? {
+            return Err(used_by_another());
+        }
         if visible {
             turn.state.layer_mut(id)?.phase = Phase::Removing;
-            turn.save()?;
+            turn.save().or_else(|e| self.pool.let_go(id).and(Err(e)))?;
         }
         if open {
             self.pool.kernel.remove_when_closed(&name)?;
@@ -405,7 +418,7 @@ impl Layers {
     /// Deletes the storage of a layer that nobody may see.
     fn free(&self, id: LayerId) -> Result<()> {
         if !self.pool.claim(id)? {
-            return Err(Error::new(ErrorKind::Busy, "another process uses its device"));
+            return Err(used_by_another());
         }
         let freed = self.free_claimed(id);
         self.pool.let_go(id)?;
@@ -439,8 +452,12 @@ impl Layers {
         drop(turn);
         let mut reclaimed = Reclaimed::default();
         for id in unknown {
-            self.remove(id)?;
-            reclaimed.layers += 1;
+            match self.remove(id) {
+                Ok(()) => reclaimed.layers += 1,
+                // The next time, when nobody uses it.
+                Err(e) if e.kind() == ErrorKind::Busy => tracing::warn!("leftover layer {id} stays for now: {e}"),
+                Err(e) => return Err(e.doing(format!("removing leftover layer {id}"))),
+            }
         }
         let after = self.pool.turn()?.status()?.data.used;
         reclaimed.bytes = before.saturating_sub(after) * block;
@@ -502,6 +519,10 @@ fn warn_of_loop(state: &State) {
     if let Storage::Loop { .. } = state.storage {
         ONCE.call_once(|| tracing::warn!("devicemapper: {LOOP_WARNING}"));
     }
+}
+
+fn used_by_another() -> Error {
+    Error::new(ErrorKind::Busy, "another process uses its device").hint("unmount it there, or end that process")
 }
 
 /// The inodes of a layer to which nothing was written. The root of one without parents is its own.

@@ -22,7 +22,7 @@ use crate::{
 };
 use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result};
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs::File,
     os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
@@ -36,7 +36,29 @@ pub(crate) struct Pool {
     pub wishes: Wishes,
     /// One byte for each layer is locked, shared, by those who use its device, and wholly by who removes it.
     uses: File,
-    held: Mutex<BTreeSet<LayerId>>,
+    held: Mutex<BTreeMap<LayerId, Use>>,
+}
+
+/// What this opening of the pool uses a layer's device for.
+#[derive(Debug, Default)]
+struct Use {
+    /// Its mount was described to somebody.
+    described: bool,
+    /// How many look at it just now.
+    borrowed: u32,
+}
+
+/// A layer's device, for as long as this is there. It must not be dropped by who has the pool's turn.
+pub(crate) struct Borrowed<'a> {
+    pool: &'a Pool,
+    id: LayerId,
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        let given = self.pool.turn().and_then(|turn| turn.give_back(self.id));
+        given.unwrap_or_else(|e| tracing::debug!("the device of layer {} stays active: {e}", self.id));
+    }
 }
 
 /// The pool while nobody else changes it.
@@ -98,28 +120,26 @@ impl Pool {
         State::load(&self.home)?.ok_or_else(gone)
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, BTreeSet<LayerId>> {
+    fn held(&self) -> std::sync::MutexGuard<'_, BTreeMap<LayerId, Use>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layers whose devices this opening of the pool uses.
     pub(crate) fn held_now(&self) -> Vec<LayerId> {
-        self.held().iter().copied().collect()
+        self.held().keys().copied().collect()
     }
 
     /// Marks a layer's device as used until [`let_go`](Self::let_go), or until this process ends.
-    fn hold(&self, id: LayerId) -> Result<()> {
+    fn hold(&self, id: LayerId, note: impl FnOnce(&mut Use)) -> Result<()> {
         let mut held = self.held();
-        if held.contains(&id) {
-            return Ok(());
+        if !held.contains_key(&id)
+            && !sys::lock_byte(&self.uses, id.0, ByteLock::Shared).doing(|| "locking uses.lock")?
+        {
+            return Err(
+                Error::new(ErrorKind::Busy, format!("layer {id} is just being removed")).hint("try again afterwards")
+            );
         }
-        match sys::lock_byte(&self.uses, id.0, ByteLock::Shared).doing(|| "locking uses.lock")? {
-            true => drop(held.insert(id)),
-            false => {
-                return Err(Error::new(ErrorKind::Busy, format!("layer {id} is just being removed"))
-                    .hint("try again afterwards"));
-            }
-        }
+        note(held.entry(id).or_default());
         Ok(())
     }
 
@@ -160,7 +180,7 @@ fn agree(state: &State, wishes: &Wishes) -> Result<()> {
     }
 }
 
-impl Turn<'_> {
+impl<'a> Turn<'a> {
     pub(crate) fn save(&self) -> Result<()> {
         self.state.save(&self.pool.home)
     }
@@ -358,13 +378,36 @@ impl Turn<'_> {
 
     /// The layer's device, there until it is released. Committed layers are read-only.
     pub(crate) fn activate(&mut self, id: LayerId) -> Result<PathBuf> {
+        self.wake(id, |uses| uses.described = true)
+    }
+
+    /// The layer's device, there until it is given back.
+    pub(crate) fn borrow(&mut self, id: LayerId) -> Result<(PathBuf, Borrowed<'a>)> {
+        match self.wake(id, |uses| uses.borrowed += 1) {
+            Ok(node) => Ok((node, Borrowed { pool: self.pool, id })),
+            Err(e) => self.give_back(id).and(Err(e)),
+        }
+    }
+
+    fn give_back(&self, id: LayerId) -> Result<()> {
+        let unused = self.pool.held().get_mut(&id).is_some_and(|uses| {
+            uses.borrowed = uses.borrowed.saturating_sub(1);
+            !uses.described && uses.borrowed == 0
+        });
+        if unused {
+            self.deactivate(id)?;
+        }
+        Ok(())
+    }
+
+    fn wake(&mut self, id: LayerId, note: impl FnOnce(&mut Use)) -> Result<PathBuf> {
         let layer = self.state.layer_mut(id)?;
         let committed = layer.phase == Phase::Committed;
         if !committed && !layer.written {
             layer.written = true;
             self.save()?;
         }
-        self.pool.hold(id)?;
+        self.pool.hold(id, note)?;
         let Layer { thin, size, .. } = self.state.layers[&id];
         self.show(&self.state.device_name(id), thin, size, committed)
     }

@@ -334,6 +334,40 @@ fn a_pool_that_takes_no_changes_is_still_read() {
 }
 
 #[test]
+fn one_layer_in_use_stops_neither_reclaim_nor_later_use() {
+    needs_guest!("one_layer_in_use_stops_neither_reclaim_nor_later_use");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    for id in [A, B, C] {
+        rig.driver().create(id, &[], &plain()).unwrap();
+    }
+    let other = rig.another().unwrap();
+    let recipe = other.mount(A, &[], Access::ReadWrite).unwrap();
+    assert_eq!(kind(rig.driver().remove(A)), ErrorKind::Busy);
+    fill(&mount::detached(&recipe).unwrap(), "still", MIB).unwrap();
+    other.mount(B, &[], Access::ReadWrite).unwrap();
+    other.release(B).unwrap();
+    other.usage(B).unwrap();
+    let reclaimed = rig.driver().reclaim(&|_| false).unwrap();
+    assert_eq!(reclaimed.layers, 2, "all but the first, which is in use; the second was only measured");
+    assert_eq!(rig.state()["layers"]["1"]["phase"], "active", "a refused removal changes nothing");
+    other.release(A).unwrap();
+    rig.driver().remove(A).unwrap();
+}
+
+#[test]
+fn comparing_leaves_no_layer_in_use() {
+    needs_guest!("comparing_leaves_no_layer_in_use");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.driver().create(B, &[A], &plain()).unwrap();
+    drop(rig.driver().native_diff().unwrap().narrow(B, &[A]).unwrap());
+    let other = rig.another().unwrap();
+    other.remove(B).unwrap();
+    other.remove(A).unwrap();
+}
+
+#[test]
 fn full_metadata_are_told_and_what_is_there_stays_readable() {
     needs_guest!("full_metadata_are_told_and_what_is_there_stays_readable");
     let rig =
