@@ -221,10 +221,28 @@ impl Layers {
         if layer.phase == Phase::Committed {
             return Ok(());
         }
-        self.refuse_lacking(&mut self.pool.turn()?, id)?;
+        let mut turn = self.pool.turn()?;
+        self.refuse_lacking(&mut turn, id)?;
+        let name = turn.state.device_name(id);
+        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
+            return Err(Error::new(ErrorKind::Busy, "it is still mounted").hint("unmount it first"));
+        }
+        // From here to the end nobody else gets its device.
+        if !self.pool.claim(id)? {
+            return Err(used_by_another());
+        }
+        let committed = self.commit_claimed(id, turn);
+        self.pool.let_go(id).and(committed)
+    }
+
+    fn commit_claimed(&self, id: LayerId, turn: Turn<'_>) -> Result<()> {
+        let layer = turn.state.visible(id)?.clone();
         let all_inodes = match layer.written {
-            true => self.settle(id, &layer)?,
-            false => untouched(&layer),
+            true => self.settle(id, &layer, turn)?,
+            false => {
+                drop(turn);
+                untouched(&layer)
+            }
         };
         let mut turn = self.pool.turn()?;
         self.refuse_lacking(&mut turn, id)?;
@@ -252,20 +270,14 @@ impl Layers {
         Err(full)
     }
 
-    /// Makes sure that nobody writes to the layer any more, and that all of it is on the pool with nothing left in a log.
-    /// Returns how many inodes it has.
-    fn settle(&self, id: LayerId, layer: &Layer) -> Result<u64> {
-        let mut turn = self.pool.turn()?;
+    /// Makes sure that all of the layer is on the pool, with nothing left in a log. Returns how many inodes it has.
+    fn settle(&self, id: LayerId, layer: &Layer, turn: Turn<'_>) -> Result<u64> {
         let name = turn.state.device_name(id);
-        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
-            return Err(Error::new(ErrorKind::Busy, "it is still mounted").hint("unmount it first"));
-        }
-        let node = turn.activate(id)?;
+        let node = turn.show(&name, layer.thin, layer.size, false)?;
         drop(turn);
         let inodes = filesystem::visit(layer.fs, &node, filesystem::used_inodes)?;
         crate::dm::flush(&node)?;
         self.pool.kernel.remove(&name)?;
-        self.pool.let_go(id)?;
         Ok(inodes)
     }
 

@@ -135,9 +135,8 @@ impl Pool {
         if !held.contains_key(&id)
             && !sys::lock_byte(&self.uses, id.0, ByteLock::Shared).doing(|| "locking uses.lock")?
         {
-            return Err(
-                Error::new(ErrorKind::Busy, format!("layer {id} is just being removed")).hint("try again afterwards")
-            );
+            return Err(Error::new(ErrorKind::Busy, format!("layer {id} is just being committed or removed"))
+                .hint("try again afterwards"));
         }
         note(held.entry(id).or_default());
         Ok(())

@@ -334,6 +334,20 @@ fn a_pool_that_takes_no_changes_is_still_read() {
 }
 
 #[test]
+fn a_commit_waits_for_no_one_and_takes_no_layer_that_another_process_uses() {
+    needs_guest!("a_commit_waits_for_no_one_and_takes_no_layer_that_another_process_uses");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let other = rig.another().unwrap();
+    let recipe = other.mount(A, &[], Access::ReadWrite).unwrap();
+    assert_eq!(kind(rig.driver().commit(A)), ErrorKind::Busy, "it is about to be mounted");
+    fill(&mount::detached(&recipe).unwrap(), "late", MIB).unwrap();
+    other.release(A).unwrap();
+    rig.driver().commit(A).unwrap();
+    assert_eq!(read(&rig, A, "late").unwrap(), MIB);
+}
+
+#[test]
 fn one_layer_in_use_stops_neither_reclaim_nor_later_use() {
     needs_guest!("one_layer_in_use_stops_neither_reclaim_nor_later_use");
     let rig = Rig::new(Pool::Loop, EXT4).unwrap();
