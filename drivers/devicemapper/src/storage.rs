@@ -50,6 +50,17 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
             Ok(state(Storage::Loop { data: *data, metadata: *metadata }, block, 0))
         }
         From::Devices { data, metadata } => {
+            // Exclusively: a device that is mounted, or part of something else, is Busy.
+            let _both = [open_device(data, true)?, open_device(metadata, true)?];
+            for device in [data, metadata]
+                .into_iter()
+                .filter(|device| !["/dev/disk", "/dev/mapper"].iter().any(|dir| device.starts_with(dir)))
+            {
+                tracing::warn!(
+                    "device names can change at boot: {} is safer as one of /dev/disk/by-id",
+                    device.display()
+                );
+            }
             refuse_signature(data).map_err(|e| e.hint(wipe(data)))?;
             refuse_used_metadata(metadata)?;
             Ok(state(Storage::Devices { data: data.clone(), metadata: metadata.clone() }, block, 0))

@@ -456,6 +456,7 @@ fn two_devices_make_a_pool_if_they_are_empty() {
     rig.reopen().unwrap();
     assert_eq!(read(&rig, A, "f").unwrap(), 8 * MIB);
     assert_eq!(kind(rig.reopen_with("dm.blocksize", "64K")), ErrorKind::InvalidInput);
+    switch_off(&mut rig);
     let e = Rig::on_devices(&options).err().expect("it is somebody's metadata");
     assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
     assert!(e.to_string().contains("dd if=/dev/zero") || e.to_string().contains("wipefs"), "{e}");
@@ -489,4 +490,20 @@ fn switch_off(rig: &mut Rig) {
     let mut devices = rig.devices();
     devices.sort_by_key(|name| !name.ends_with("pool"));
     devices.iter().for_each(|name| drop(run(&["dmsetup", "remove", "--retry", name])));
+}
+
+#[test]
+fn two_devices_that_somebody_uses_are_refused() {
+    needs_guest!("two_devices_that_somebody_uses_are_refused");
+    let dir = tempfile::tempdir().unwrap();
+    let data = common::LoopDevice::new(dir.path(), "data", 512 * MIB);
+    let metadata = common::LoopDevice::new(dir.path(), "metadata", 8 * MIB);
+    for used in [&data, &metadata] {
+        let table = format!("0 2048 linear {} 0", used.path());
+        run(&["dmsetup", "create", "gdtest-holder", "--table", &table]);
+        let options = [("dm.datadev", data.path()), ("dm.metadatadev", metadata.path()), EXT4[0], EXT4[1]];
+        let opened = Rig::on_devices(&options).err();
+        run(&["dmsetup", "remove", "--retry", "gdtest-holder"]);
+        assert_eq!(opened.expect("it is in use").kind(), ErrorKind::Busy);
+    }
 }
