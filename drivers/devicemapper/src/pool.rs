@@ -14,7 +14,7 @@ use crate::{
     dm::{Info, Kernel, SECTOR, Target},
     filesystem,
     metadata::Metadata,
-    options::{Direct, From, Wishes},
+    options::{From, Wishes},
     state::{Layer, Phase, State, Storage},
     status::PoolStatus,
     storage, sys,
@@ -83,19 +83,20 @@ impl Pool {
     /// Makes the state the first time, and later compares it with what the user asks for.
     fn begin(&self) -> Result<()> {
         let _lock = self.lock()?;
-        let Some(mut state) = State::load(&self.home)? else {
-            let id = storage::new_id()?;
+        let found = State::load(&self.home)?;
+        let Some(mut state) = found.clone().filter(|state| !state.dividing) else {
+            // A disk that was being divided has this id on it, perhaps.
+            let id = found.map_or_else(storage::new_id, |half| Ok(half.id))?;
             return storage::plan(&self.kernel, &self.home, &id, &self.wishes)?.save(&self.home);
         };
         agree(&state, &self.wishes)?;
-        if let (Storage::Loop { data, .. }, From::Loop { data: wish, .. }, true) =
-            (&mut state.storage, &self.wishes.from, self.wishes.explicit)
-            && *wish > *data
-        {
-            *data = *wish;
-            state.save(&self.home)?;
+        let old = state.clone();
+        match (&mut state.storage, &self.wishes.from) {
+            (Storage::Loop { data, .. }, From::Loop { data: Some(wish), .. }) => *data = *wish,
+            (Storage::Direct { device, .. }, From::Direct(direct)) => *device = std::path::absolute(&direct.device)?,
+            _ => {}
         }
-        Ok(())
+        if state != old { state.save(&self.home) } else { Ok(()) }
     }
 
     fn lock(&self) -> Result<File> {
@@ -166,14 +167,31 @@ fn agree(state: &State, wishes: &Wishes) -> Result<()> {
         return Ok(());
     }
     match (&wishes.from, &state.storage) {
-        (From::Loop { data, metadata }, Storage::Loop { data: d, metadata: m }) if data < d || metadata != m => {
+        (From::Loop { data, metadata }, Storage::Loop { data: d, metadata: m })
+            if data.is_some_and(|data| data < *d) || metadata.is_some_and(|metadata| metadata != *m) =>
+        {
             refuse(format!("the loop files have {d} and {m} bytes; dm.loopdatasize can grow, and nothing else change"))
         }
         (From::Loop { .. }, Storage::Loop { .. }) => Ok(()),
         (From::Devices { data, metadata }, Storage::Devices { data: d, metadata: m }) if data == d && metadata == m => {
             Ok(())
         }
-        (From::Direct(Direct { device, .. }), Storage::Direct { device: d, .. }) if device == d => Ok(()),
+        (From::Direct(direct), Storage::Direct { device, shares, .. })
+            if std::path::absolute(&direct.device).is_ok_and(|wish| wish == *device)
+                || storage::check_header(&direct.device, &state.id).is_ok() =>
+        {
+            match shares {
+                Some((data, metadata))
+                    if direct.percent.is_some_and(|wish| wish != *data)
+                        || direct.meta_percent.is_some_and(|wish| wish != *metadata) =>
+                {
+                    refuse(format!(
+                        "the disk was divided by dm.thinp_percent={data} and dm.thinp_metapercent={metadata}"
+                    ))
+                }
+                _ => Ok(()),
+            }
+        }
         (From::Given(pool), Storage::Given { name }) if pool.file_name().is_some_and(|n| n == name.as_str()) => Ok(()),
         _ => refuse(format!("the layers here are in another pool, made of {}", state.storage)),
     }

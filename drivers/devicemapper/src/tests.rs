@@ -346,6 +346,25 @@ impl Drop for Disk {
 }
 
 #[test]
+fn a_crash_while_a_disk_is_divided_locks_nobody_out() {
+    needs_guest!("a_crash_while_a_disk_is_divided_locks_nobody_out");
+    let dir = TempDir::new().unwrap();
+    for steps in 0.. {
+        let disk = Disk::new(dir.path());
+        let home = TempDir::with_prefix("graphdriver-dm-").unwrap();
+        let pool = [("dm.directlvm_device", disk.0.as_str()), ("dm.fs", "ext4"), ("dm.basesize", "32M")];
+        let options = Options(pool.map(|(n, v)| (n.into(), v.to_owned())).into());
+        let opened = crash_after(steps, || DeviceMapper::open(home.path(), &options).map(drop));
+        DeviceMapper::open(home.path(), &options).map(drop).unwrap_or_else(|e| panic!("after {steps} steps: {e}"));
+        if let Some(opened) = opened {
+            opened.unwrap();
+            assert!(steps > 5, "{steps}");
+            return;
+        }
+    }
+}
+
+#[test]
 fn a_crash_at_any_step_of_extending_leaves_nothing_suspended() {
     needs_guest!("a_crash_at_any_step_of_extending_leaves_nothing_suspended");
     let dir = TempDir::new().unwrap();

@@ -484,12 +484,58 @@ fn a_given_pool_has_to_be_empty_and_loop_files_can_grow() {
     assert_eq!(kind(rig.reopen_with("dm.loopdatasize", "128M")), ErrorKind::InvalidInput);
 }
 
+#[test]
+fn a_size_that_nobody_gave_changes_nothing() {
+    needs_guest!("a_size_that_nobody_gave_changes_nothing");
+    let sizes = [("dm.loopdatasize", "256M"), ("dm.loopmetadatasize", "16M")];
+    let mut rig = Rig::new(Pool::Loop, &[EXT4, &sizes].concat()).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    rig.reopen_without("dm.loopdatasize").unwrap();
+    let total = rig.driver().status().into_iter().find(|(name, _)| name == "Data Space Total").unwrap().1;
+    assert_eq!(total, "268MB");
+    rig.reopen_with("dm.loopdatasize", "256M").unwrap();
+    rig.reopen_without("dm.loopmetadatasize").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.loopmetadatasize", "8M")), ErrorKind::InvalidInput);
+}
+
 /// Takes a pool on a divided device down, as a reboot does.
 fn switch_off(rig: &mut Rig) {
     rig.close();
     let mut devices = rig.devices();
     devices.sort_by_key(|name| !name.ends_with("pool"));
     devices.iter().for_each(|name| drop(run(&["dmsetup", "remove", "--retry", name])));
+}
+
+#[test]
+fn a_divided_device_stays_with_its_data_root_under_any_name() {
+    needs_guest!("a_divided_device_stays_with_its_data_root_under_any_name");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let options = [
+        ("dm.directlvm_device", device.path()),
+        ("dm.directlvm_device_force", "true"),
+        ("dm.fs", "ext4"),
+        ("dm.basesize", "64M"),
+        ("dm.thinp_percent", "40"),
+    ];
+    let mut rig = Rig::on_devices(&options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    switch_off(&mut rig);
+    let e = Rig::on_devices(&options).err().expect("it has somebody's layers on it");
+    assert!(e.to_string().contains("another data root") && e.to_string().contains("dd if=/dev/zero"), "{e}");
+    let link = dir.path().join("by-id");
+    std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    rig.reopen_with("dm.directlvm_device", link.to_str().unwrap()).unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    assert_eq!(rig.state()["storage"]["direct"]["device"], link.to_str().unwrap(), "the new name is kept");
+    assert_eq!(kind(rig.reopen_with("dm.thinp_percent", "50")), ErrorKind::InvalidInput);
+    rig.reopen_without("dm.thinp_percent").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.thinp_metapercent", "2")), ErrorKind::InvalidInput);
+    let other = common::LoopDevice::new(dir.path(), "other", 512 * MIB);
+    rig.reopen_without("dm.thinp_metapercent").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.directlvm_device", other.path())), ErrorKind::InvalidInput);
 }
 
 #[test]
