@@ -154,6 +154,16 @@ fn devices_sleep_when_nobody_uses_them() {
     assert_eq!(awake(&rig), 0, "gone with its last user");
 }
 
+/// A program that another test starts, or udev, may have the device open for a moment; no opening waits for that.
+fn freed_by_a_later_opening(rig: &mut Rig) {
+    let freed = (0..50).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        rig.reopen().unwrap();
+        rig.state()["layers"] == serde_json::json!({})
+    });
+    assert!(freed, "{}", rig.state());
+}
+
 #[test]
 fn a_mounted_layer_is_busy_or_removed_later() {
     needs_guest!("a_mounted_layer_is_busy_or_removed_later");
@@ -172,8 +182,7 @@ fn a_mounted_layer_is_busy_or_removed_later() {
     assert_eq!(kind(rig.driver().mount(A, &[], Access::ReadOnly)), ErrorKind::NotFound);
     fill(&shown, "on", MIB).unwrap();
     drop(shown);
-    rig.reopen().unwrap();
-    assert_eq!(rig.state()["layers"], serde_json::json!({}));
+    freed_by_a_later_opening(&mut rig);
 }
 
 #[test]
@@ -310,8 +319,7 @@ fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
     assert!(found == pattern(), "what was written is there");
     fill(&shown, "late", MIB).unwrap();
     drop(shown);
-    rig.reopen().unwrap();
-    assert_eq!(rig.state()["layers"], serde_json::json!({}));
+    freed_by_a_later_opening(&mut rig);
 }
 
 #[test]
@@ -502,7 +510,8 @@ fn a_size_that_nobody_gave_changes_nothing() {
 fn switch_off(rig: &mut Rig) {
     rig.close();
     let mut devices = rig.devices();
-    devices.sort_by_key(|name| !name.ends_with("pool"));
+    // Layers first, and the pool before what it is made of.
+    devices.sort_by_key(|name| ["pool", "tdata", "tmeta"].iter().position(|part| name.ends_with(part)));
     devices.iter().for_each(|name| drop(run(&["dmsetup", "remove", "--retry", name])));
 }
 
