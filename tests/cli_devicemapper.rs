@@ -115,3 +115,20 @@ fn loop_files_are_warned_of_and_wrong_options_refused() {
     rig.fails(2, &format!("{driver} dm.colour=red info"), &["dm.colour", "dm.basesize"]);
     rig.fails(2, &format!("{driver} dm.thinpooldev=no-such-pool info"), &["another pool", "loop files"]);
 }
+
+#[test]
+fn an_image_that_the_pool_has_no_room_for_is_not_loaded() {
+    if skipped_outside_guest("an_image_that_the_pool_has_no_room_for_is_not_loaded", no_devicemapper()) {
+        return;
+    }
+    let rig = Rig::new();
+    // Larger than the pool, smaller than the filesystem of a layer, and small enough to stay in memory meanwhile.
+    let config = r#"{"storage-driver": "devicemapper", "storage-opts": ["dm.fs=ext4", "dm.basesize=200M", "dm.loopdatasize=64M", "dm.loopmetadatasize=8M", "dm.min_free_space=0%"]}"#;
+    std::fs::write(rig.path().join("config.json"), config).unwrap();
+    rig.gd("head -c 80000000 /dev/urandom > big; tar cf big.tar big; rm big");
+    let out = rig.run(&format!("{OPTIONS}; graphdriver import big.tar big:1"));
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success(), "{said}");
+    assert_eq!(rig.gd("graphdriver images -q"), "", "nothing of it is there");
+    rig.gd("head -c 8000000 big.tar > part; tar cf part.tar part; graphdriver import part.tar part:1; graphdriver rmi part:1");
+}

@@ -18,6 +18,7 @@ use serde::Serialize;
 use std::{
     collections::{HashMap, HashSet},
     io::Read,
+    path::Path,
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -240,7 +241,11 @@ impl Engine {
             None => {
                 let recipe = self.layers.mount(layer.id(), Access::ReadWrite)?;
                 let root = Root::from_fd(mount::detached(&recipe)?);
-                tar::unpack(tar, &root, Whiteouts::Merged, Some(&record))?
+                let unpacked = tar::unpack(tar, &root, Whiteouts::Merged, Some(&record))?;
+                // Whether all of it found room is told to those who have the filesystem mounted while it is written back,
+                // and to nobody afterwards.
+                rustix::fs::syncfs(root.open_dir(Path::new(""))?).doing(|| "writing the layer to its storage")?;
+                unpacked
             }
         };
         // The record itself is durable; this makes its name so, wherever the driver keeps its own data.

@@ -81,11 +81,37 @@ pub(crate) fn recipe(fs: Fs, node: &Path, committed: bool, access: Access, furth
     steps
 }
 
+/// Has mounted xfs of ours give up on metadata that cannot be written, as when the pool is full. By default it tries for
+/// ever, and whoever flushes or freezes it waits (kernel `admin-guide/xfs.rst`, "Error handling"). Others mount layers by
+/// our recipe, in which this cannot be said, so it is seen to whenever the pool is used.
+pub(crate) fn never_retry(prefix: &str) {
+    let Ok(mounted) = std::fs::read_dir("/sys/fs/xfs") else { return };
+    for xfs in mounted.flatten() {
+        let name = Path::new("/sys/class/block").join(xfs.file_name()).join("dm/name");
+        if std::fs::read_to_string(name).is_ok_and(|name| name.starts_with(prefix)) {
+            give_up_at_once(&xfs.path());
+        }
+    }
+}
+
+fn give_up_at_once(xfs: &Path) {
+    for error in ["ENOSPC", "EIO"] {
+        let path = xfs.join("error/metadata").join(error).join("max_retries");
+        if let Err(e) = std::fs::write(&path, "0") {
+            tracing::debug!("xfs will try for ever when the pool is full: {}: {e}", path.display());
+        }
+    }
+}
+
 /// Mounts a device for as long as `look` takes, attached nowhere. A log that a crash left is replayed, and when this
 /// returns, everything is in its place, unless the device is mounted elsewhere too.
 pub(crate) fn visit<T>(fs: Fs, node: &Path, look: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<T> {
     let root = mount::detached(&recipe(fs, node, false, Access::ReadWrite, &[]))?;
     let root = fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    if fs == Fs::Xfs {
+        let number = fs::stat(node)?.st_rdev;
+        give_up_at_once(Path::new(&format!("/sys/fs/xfs/dm-{}", fs::minor(number))));
+    }
     let seen = look(&root)?;
     fs::syncfs(&root).doing(|| format!("flushing the filesystem on {}", node.display()))?;
     Ok(seen)

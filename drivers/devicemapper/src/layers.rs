@@ -5,7 +5,7 @@ use crate::{
     metadata::{Difference, Metadata},
     narrow::{Changed, Everything, Ext4, Inodes},
     options::{Fs, Wishes},
-    pool::{Pool, Turn},
+    pool::{Borrowed, Pool, Turn},
     state::{Base, Layer, Phase, Size, State, Storage},
     step, storage,
 };
@@ -27,11 +27,13 @@ impl Layers {
         filesystem::choose(wishes.fs)?;
         let layers = Layers { pool: Pool::open(home, wishes)? };
         let mut turn = layers.pool.turn()?;
-        match turn.ready() {
-            Ok(_) => turn.extend()?,
+        match turn.agree()?.refuse_changes(&turn.state.pool_name()) {
+            Ok(()) => {
+                turn.ready()?;
+                turn.extend()?;
+            }
             // What is there can still be read.
-            Err(e) if e.kind() == ErrorKind::OutOfSpace => tracing::warn!("{e}"),
-            Err(e) => return Err(e),
+            Err(e) => tracing::warn!("{e}"),
         }
         warn_of_loop(&turn.state);
         layers.put_to_sleep(&turn)?;
@@ -67,7 +69,11 @@ impl Layers {
     fn finish_removals(&self) {
         let Ok(state) = self.pool.look() else { return };
         for id in state.layers.iter().filter(|(_, layer)| layer.phase == Phase::Removing).map(|(id, _)| *id) {
-            if let Err(e) = self.free(id) {
+            // Without waiting, which every command would do as long as somebody has it mounted.
+            let open = self.pool.kernel.info(&state.device_name(id)).is_ok_and(|info| info.is_some_and(|i| i.open > 0));
+            if open {
+                tracing::debug!("layer {id} is removed, and its device still in use");
+            } else if let Err(e) = self.free(id) {
                 tracing::debug!("layer {id} is removed, and its storage not free yet: {e}");
             }
         }
@@ -127,7 +133,8 @@ impl Layers {
         refuse_smaller(wanted, size)?;
         let grow = wanted > size;
         let phase = if grow { Phase::Making } else { Phase::Active };
-        Ok(Layer { thin, size: wanted, fs, parent, phase, written: false, grow, inodes, usage: None })
+        let (written, lacking, usage) = (false, false, None);
+        Ok(Layer { thin, size: wanted, fs, parent, phase, written, grow, inodes, lacking, usage })
     }
 
     /// Makes the filesystem as large as the layer, which then is in that phase.
@@ -177,6 +184,9 @@ impl Layers {
     fn drop_base(&self, turn: &mut Turn<'_>) -> Result<()> {
         let Some(Base { thin, size, .. }) = turn.state.base else { return Ok(()) };
         turn.ready()?;
+        // From here on nothing may be made of it, also if this is all that comes to pass.
+        turn.state.base.as_mut().expect("it was just there").ready = false;
+        turn.save()?;
         let name = base_name(&turn.state);
         match self.pool.wishes.discard {
             true => turn.discard(&name, thin, size)?,
@@ -211,11 +221,31 @@ impl Layers {
         if layer.phase == Phase::Committed {
             return Ok(());
         }
+        let mut turn = self.pool.turn()?;
+        self.refuse_lacking(&mut turn, id)?;
+        let name = turn.state.device_name(id);
+        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
+            return Err(Error::new(ErrorKind::Busy, "it is still mounted").hint("unmount it first"));
+        }
+        // From here to the end nobody else gets its device.
+        if !self.pool.claim(id)? {
+            return Err(used_by_another());
+        }
+        let committed = self.commit_claimed(id, turn);
+        self.pool.let_go(id).and(committed)
+    }
+
+    fn commit_claimed(&self, id: LayerId, turn: Turn<'_>) -> Result<()> {
+        let layer = turn.state.visible(id)?.clone();
         let all_inodes = match layer.written {
-            true => self.settle(id, &layer)?,
-            false => untouched(&layer),
+            true => self.settle(id, &layer, turn)?,
+            false => {
+                drop(turn);
+                untouched(&layer)
+            }
         };
         let mut turn = self.pool.turn()?;
+        self.refuse_lacking(&mut turn, id)?;
         let bytes = self.compare(&mut turn, id)?.own * turn.state.block;
         let layer = turn.state.layer_mut(id)?;
         let inodes = all_inodes.saturating_sub(layer.inodes);
@@ -224,20 +254,41 @@ impl Layers {
         turn.save()
     }
 
-    /// Makes sure that nobody writes to the layer any more, and that all of it is on the pool with nothing left in a log.
-    /// Returns how many inodes it has.
-    fn settle(&self, id: LayerId, layer: &Layer) -> Result<u64> {
+    /// Makes a committed layer active again.
+    pub(crate) fn thaw(&self, id: LayerId) -> Result<()> {
         let mut turn = self.pool.turn()?;
-        let name = turn.state.device_name(id);
-        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
-            return Err(Error::new(ErrorKind::Busy, "it is still mounted").hint("unmount it first"));
+        if turn.state.visible(id)?.phase != Phase::Committed {
+            return Ok(());
         }
-        let node = turn.activate(id)?;
+        let layer = turn.state.layer_mut(id)?;
+        (layer.phase, layer.usage) = (Phase::Active, None);
+        turn.save()
+    }
+
+    /// Fails if what was written to the layer may not have found room. Once known, that stays so when there is room again.
+    fn refuse_lacking(&self, turn: &mut Turn<'_>, id: LayerId) -> Result<()> {
+        let layer = turn.state.layer_mut(id)?;
+        if layer.lacking {
+            let e = Error::new(ErrorKind::Corrupt, "the pool was full, and some of what was written to it may be lost");
+            return Err(e.hint("copy what is of use out of it, remove it, and make it again"));
+        }
+        if !layer.written {
+            return Ok(());
+        }
+        let Err(full) = turn.refuse_full() else { return Ok(()) };
+        turn.state.layer_mut(id)?.lacking = true;
+        turn.save()?;
+        Err(full)
+    }
+
+    /// Makes sure that all of the layer is on the pool, with nothing left in a log. Returns how many inodes it has.
+    fn settle(&self, id: LayerId, layer: &Layer, turn: Turn<'_>) -> Result<u64> {
+        let name = turn.state.device_name(id);
+        let node = turn.show(&name, layer.thin, layer.size, false)?;
         drop(turn);
         let inodes = filesystem::visit(layer.fs, &node, filesystem::used_inodes)?;
         crate::dm::flush(&node)?;
         self.pool.kernel.remove(&name)?;
-        self.pool.let_go(id)?;
         Ok(inodes)
     }
 
@@ -256,7 +307,7 @@ impl Layers {
         }
         let all_inodes = match layer.written {
             true => {
-                let node = self.pool.turn()?.activate(id)?;
+                let (node, _borrowed) = self.pool.turn()?.borrow(id)?;
                 filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
             }
             false => untouched(&layer),
@@ -277,15 +328,25 @@ impl Layers {
     }
 
     /// Narrows a walk over the layer and its parent.
-    pub(crate) fn narrow(&self, id: LayerId) -> Result<Box<dyn Narrow>> {
+    pub(crate) fn narrow(&self, id: LayerId) -> Result<Box<dyn Narrow + '_>> {
+        // Before the turn, so that they are given back after it.
+        let mut devices = Vec::new();
         let mut turn = self.pool.turn()?;
         let layer = turn.state.visible(id)?.clone();
         let Some(parent) = layer.parent else { return Ok(Box::new(Everything)) };
+        // Freezing it would have to write.
+        if layer.phase == Phase::Active && turn.status()?.is_full() {
+            return Ok(Box::new(Everything));
+        }
         // Mounted first: that replays the log of a crash.
-        let (upper, node) = self.view(&mut turn, id)?;
-        let (lower, _) = self.view(&mut turn, parent)?;
-        if layer.phase == Phase::Active {
-            self.pool.kernel.quiesce(&turn.state.device_name(id))?;
+        let (upper, node) = self.view(&mut turn, id, &mut devices)?;
+        let (lower, _) = self.view(&mut turn, parent, &mut devices)?;
+        if layer.phase == Phase::Active
+            && let Err(e) = self.pool.kernel.quiesce(&turn.state.device_name(id))
+        {
+            // Its filesystem gave up when the pool was full, perhaps.
+            tracing::debug!("layer {id} is compared as a whole: {e}");
+            return Ok(Box::new(Everything));
         }
         let blocks = self.compare(&mut turn, id)?.changed;
         let device = std::fs::File::open(&node)?;
@@ -294,7 +355,9 @@ impl Layers {
             Fs::Ext4 => Ext4::read(&device).map(Inodes::Ext4),
         };
         match inodes {
-            Ok(inodes) => Ok(Box::new(Changed { inodes, blocks, block: turn.state.block, lower, upper })),
+            Ok(inodes) => {
+                Ok(Box::new(Changed { inodes, blocks, block: turn.state.block, lower, upper, _devices: devices }))
+            }
             Err(e) => {
                 tracing::debug!("layer {id} is compared as a whole: {e}");
                 Ok(Box::new(Everything))
@@ -303,8 +366,14 @@ impl Layers {
     }
 
     /// The layer as a detached mount for reading, and its device.
-    fn view(&self, turn: &mut Turn<'_>, id: LayerId) -> Result<(OwnedFd, PathBuf)> {
-        let node = turn.activate(id)?;
+    fn view<'a>(
+        &self,
+        turn: &mut Turn<'a>,
+        id: LayerId,
+        devices: &mut Vec<Borrowed<'a>>,
+    ) -> Result<(OwnedFd, PathBuf)> {
+        let (node, borrowed) = turn.borrow(id)?;
+        devices.push(borrowed);
         let layer = &turn.state.layers[&id];
         let committed = layer.phase == Phase::Committed;
         let recipe = filesystem::recipe(layer.fs, &node, committed, Access::ReadOnly, &self.pool.wishes.mount);
@@ -332,6 +401,7 @@ impl Layers {
         let size = round(size.0);
         refuse_smaller(size, layer.size)?;
         if size > layer.size {
+            turn.refuse_full()?;
             let layer = turn.state.layer_mut(id)?;
             (layer.size, layer.grow) = (size, true);
             turn.save()?;
@@ -353,9 +423,12 @@ impl Layers {
             let e = Error::new(ErrorKind::Busy, "it is mounted, or something else holds its device");
             return Err(e.hint(format!("`fuser -vm /dev/mapper/{name}` shows who uses it")));
         }
+        if !open && !self.pool.claim(id)? {
+            return Err(used_by_another());
+        }
         if visible {
             turn.state.layer_mut(id)?.phase = Phase::Removing;
-            turn.save()?;
+            turn.save().or_else(|e| self.pool.let_go(id).and(Err(e)))?;
         }
         if open {
             self.pool.kernel.remove_when_closed(&name)?;
@@ -368,7 +441,7 @@ impl Layers {
     /// Deletes the storage of a layer that nobody may see.
     fn free(&self, id: LayerId) -> Result<()> {
         if !self.pool.claim(id)? {
-            return Err(Error::new(ErrorKind::Busy, "another process uses its device"));
+            return Err(used_by_another());
         }
         let freed = self.free_claimed(id);
         self.pool.let_go(id)?;
@@ -381,6 +454,10 @@ impl Layers {
         let Layer { thin, size, .. } = *layer;
         turn.ready()?;
         let name = turn.state.device_name(id);
+        if self.pool.kernel.wait_until_closed(&name)?.is_some_and(|info| info.open > 0) {
+            return Err(Error::new(ErrorKind::Busy, format!("device {name} is in use"))
+                .hint(format!("`fuser -vm /dev/mapper/{name}` shows by whom")));
+        }
         match self.pool.wishes.discard {
             true => turn.discard(&name, thin, size)?,
             false => self.pool.kernel.remove(&name)?,
@@ -398,12 +475,29 @@ impl Layers {
         drop(turn);
         let mut reclaimed = Reclaimed::default();
         for id in unknown {
-            self.remove(id)?;
-            reclaimed.layers += 1;
+            match self.remove(id) {
+                Ok(()) => reclaimed.layers += 1,
+                // The next time, when nobody uses it.
+                Err(e) if e.kind() == ErrorKind::Busy => tracing::warn!("leftover layer {id} stays for now: {e}"),
+                Err(e) => return Err(e.doing(format!("removing leftover layer {id}"))),
+            }
         }
         let after = self.pool.turn()?.status()?.data.used;
         reclaimed.bytes = before.saturating_sub(after) * block;
         Ok(reclaimed)
+    }
+
+    /// Lets everything sleep that was woken here, and takes the pool down if there are no layers in it.
+    pub(crate) fn close(&self) -> Result<()> {
+        let mut turn = self.pool.turn()?;
+        for id in self.pool.held_now() {
+            turn.deactivate(id)?;
+        }
+        if turn.state.layers.is_empty() {
+            self.drop_base(&mut turn)?;
+            storage::take_down(&self.pool.kernel, &turn.state)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn status(&self) -> Result<Vec<(String, String)>> {
@@ -434,23 +528,9 @@ impl Layers {
     }
 }
 
-/// Lets everything sleep that was woken here, and takes the pool down if there are no layers in it.
 impl Drop for Layers {
     fn drop(&mut self) {
-        let close = || -> Result<()> {
-            let mut turn = self.pool.turn()?;
-            for id in self.pool.held_now() {
-                turn.deactivate(id)?;
-            }
-            if turn.state.layers.is_empty() {
-                self.drop_base(&mut turn)?;
-                storage::take_down(&self.pool.kernel, &turn.state)?;
-            }
-            Ok(())
-        };
-        if let Err(e) = close() {
-            tracing::debug!("closing devicemapper: {e}");
-        }
+        self.close().unwrap_or_else(|e| tracing::debug!("closing devicemapper: {e}"));
     }
 }
 
@@ -462,6 +542,10 @@ fn warn_of_loop(state: &State) {
     if let Storage::Loop { .. } = state.storage {
         ONCE.call_once(|| tracing::warn!("devicemapper: {LOOP_WARNING}"));
     }
+}
+
+fn used_by_another() -> Error {
+    Error::new(ErrorKind::Busy, "another process uses its device").hint("unmount it there, or end that process")
 }
 
 /// The inodes of a layer to which nothing was written. The root of one without parents is its own.

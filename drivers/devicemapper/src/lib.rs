@@ -92,6 +92,10 @@ impl GraphDriver for DeviceMapper {
         self.layers.commit(id).doing(|| format!("committing layer {id}"))
     }
 
+    fn thaw(&self, id: LayerId) -> Result<()> {
+        self.layers.thaw(id).doing(|| format!("thawing layer {id}"))
+    }
+
     fn mount(&self, id: LayerId, _parents: &[LayerId], access: Access) -> Result<Vec<Mount>> {
         self.layers.mount(id, access).doing(|| format!("describing the mount of layer {id}"))
     }

@@ -5,7 +5,7 @@
 //! the layer shares with its parent is the same inode: only names whose inode lies in another block, or that stand for
 //! another inode, need to be compared. Directories are always gone into, since what is deeper leaves no trace in them.
 
-use crate::filesystem::Xfs;
+use crate::{filesystem::Xfs, pool::Borrowed};
 use graphdriver_core::{Candidates, Context, Error, ErrorKind, Narrow, Result};
 use rustix::{
     fs::{self, FileType, Mode, OFlags, ResolveFlags},
@@ -93,26 +93,28 @@ fn little(bytes: &[u8]) -> u64 {
 }
 
 /// A layer beside its parent.
-pub(crate) struct Changed {
+pub(crate) struct Changed<'a> {
     pub inodes: Inodes,
     /// Blocks of the pool's size that differ.
     pub blocks: BTreeSet<u64>,
     pub block: u64,
     pub lower: OwnedFd,
     pub upper: OwnedFd,
+    /// The devices, given back when nothing above holds them.
+    pub _devices: Vec<Borrowed<'a>>,
 }
 
 /// Names in a directory with inode and whether it may be a directory.
 type Listing = BTreeMap<OsString, (u64, bool)>;
 
-impl Changed {
+impl Changed<'_> {
     fn differs(&self, inode: u64) -> bool {
         let Some((start, length)) = self.inodes.place(inode) else { return true };
         (start / self.block..=(start + length - 1) / self.block).any(|block| self.blocks.contains(&block))
     }
 }
 
-impl Narrow for Changed {
+impl Narrow for Changed<'_> {
     fn candidates(&mut self, dir: &Path) -> Result<Candidates> {
         if self.blocks.is_empty() {
             return Ok(Candidates::Names(Vec::new()));

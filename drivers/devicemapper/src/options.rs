@@ -32,7 +32,7 @@ pub(crate) const SPECS: &[OptionSpec] = specs! {
     "dm.thinp_autoextend_threshold": "percent of the data in use from which on the pool on dm.directlvm_device grows; default: 80",
     "dm.thinp_autoextend_percent": "by how many percent it then grows, as far as the device goes; default: 20",
     "dm.override_udev_sync_check": "refused: devices are found without udev",
-    "dm.xfs_nospace_max_retries": "refused: graphdriver describes mounts and does not tune them",
+    "dm.xfs_nospace_max_retries": "refused: it is always 0, so that a full pool makes nobody wait for ever",
     "dm.libdm_log_level": "refused: libdm is not used",
 };
 
@@ -42,6 +42,13 @@ pub(crate) const SPECS: &[OptionSpec] = specs! {
 pub(crate) enum Fs {
     Xfs,
     Ext4,
+}
+
+impl Direct {
+    /// The percent of the device that become data and metadata.
+    pub(crate) fn shares(&self) -> (u64, u64) {
+        (self.percent.unwrap_or(95), self.meta_percent.unwrap_or(1))
+    }
 }
 
 impl Fs {
@@ -70,8 +77,15 @@ impl fmt::Display for Fs {
 /// Where the pool comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum From {
-    Loop { data: u64, metadata: u64 },
-    Devices { data: PathBuf, metadata: PathBuf },
+    /// In bytes.
+    Loop {
+        data: Option<u64>,
+        metadata: Option<u64>,
+    },
+    Devices {
+        data: PathBuf,
+        metadata: PathBuf,
+    },
     Direct(Direct),
     Given(PathBuf),
 }
@@ -81,8 +95,8 @@ pub(crate) enum From {
 pub(crate) struct Direct {
     pub device: PathBuf,
     pub force: bool,
-    pub percent: u64,
-    pub meta_percent: u64,
+    pub percent: Option<u64>,
+    pub meta_percent: Option<u64>,
     pub threshold: u64,
     pub extend: u64,
 }
@@ -208,10 +222,11 @@ impl Given<'_> {
         if kinds[2].is_some() {
             return self.direct().map(From::Direct);
         }
-        let (data, metadata) = (self.size("dm.loopdatasize", 100 << 30)?, self.size("dm.loopmetadatasize", 2 << 30)?);
+        let given = |name| self.0.get(name).map(|_| self.size(name, 0)).transpose();
+        let (data, metadata) = (given("dm.loopdatasize")?, given("dm.loopmetadatasize")?);
         // Below that the pool's superblock and space maps do not fit.
         for (name, size, least) in [("dm.loopdatasize", data, 64 << 20), ("dm.loopmetadatasize", metadata, 2 << 20)] {
-            if size < least {
+            if let Some(size) = size.filter(|size| *size < least) {
                 return Err(invalid(format!("{name} is {size}; at least {} MiB are needed", least >> 20)));
             }
         }
@@ -226,12 +241,13 @@ impl Given<'_> {
         let direct = Direct {
             device: device.into(),
             force: self.switch("dm.directlvm_device_force")?.unwrap_or(false),
-            percent: self.percent("dm.thinp_percent", 95)?,
-            meta_percent: self.percent("dm.thinp_metapercent", 1)?,
+            percent: self.given_percent("dm.thinp_percent")?,
+            meta_percent: self.given_percent("dm.thinp_metapercent")?,
             threshold: self.percent("dm.thinp_autoextend_threshold", 80)?,
             extend: self.percent("dm.thinp_autoextend_percent", 20)?,
         };
-        if direct.percent + direct.meta_percent > 100 {
+        let (data, metadata) = direct.shares();
+        if data + metadata > 100 {
             return Err(invalid("dm.thinp_percent and dm.thinp_metapercent are more than 100 together"));
         }
         Ok(direct)
@@ -268,6 +284,10 @@ impl Given<'_> {
         number
             .filter(|n| (1..=100).contains(n))
             .ok_or_else(|| invalid(format!("{name} is {value:?}; allowed are 1 to 100")))
+    }
+
+    fn given_percent(&self, name: &str) -> Result<Option<u64>> {
+        self.0.get(name).map(|_| self.percent(name, 0)).transpose()
     }
 
     fn min_free(&self) -> Result<u64> {
@@ -314,11 +334,11 @@ mod tests {
     #[test]
     fn defaults_are_dockers() {
         let wishes = parse(&[]).unwrap();
-        assert_eq!(wishes.from, From::Loop { data: 100 << 30, metadata: 2 << 30 });
+        assert_eq!(wishes.from, From::Loop { data: None, metadata: None });
         assert_eq!((wishes.base_size, wishes.block, wishes.min_free, wishes.fs), (10 << 30, None, 10, None));
         assert!(wishes.discard && !wishes.deferred_removal && !wishes.deferred_deletion);
         let From::Direct(direct) = parse(&[("dm.directlvm_device", "/dev/vdz")]).unwrap().from else { panic!() };
-        assert_eq!((direct.percent, direct.meta_percent, direct.threshold, direct.extend), (95, 1, 80, 20));
+        assert_eq!((direct.shares(), direct.threshold, direct.extend), ((95, 1), 80, 20));
         assert!(!direct.force);
         assert!(!parse(&[("dm.thinpooldev", "/dev/mapper/p")]).unwrap().discard);
     }

@@ -12,18 +12,19 @@
 
 use crate::{
     dm::{Info, Kernel, SECTOR, Target},
+    filesystem,
     metadata::Metadata,
-    options::{Direct, From, Wishes},
+    options::{From, Wishes},
     state::{Layer, Phase, State, Storage},
-    status::{Mode, PoolStatus},
+    status::PoolStatus,
     storage, sys,
     sys::ByteLock,
 };
 use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result};
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs::File,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -35,7 +36,29 @@ pub(crate) struct Pool {
     pub wishes: Wishes,
     /// One byte for each layer is locked, shared, by those who use its device, and wholly by who removes it.
     uses: File,
-    held: Mutex<BTreeSet<LayerId>>,
+    held: Mutex<BTreeMap<LayerId, Use>>,
+}
+
+/// What this opening of the pool uses a layer's device for.
+#[derive(Debug, Default)]
+struct Use {
+    /// Its mount was described to somebody.
+    described: bool,
+    /// How many look at it just now.
+    borrowed: u32,
+}
+
+/// A layer's device, for as long as this is there. It must not be dropped by who has the pool's turn.
+pub(crate) struct Borrowed<'a> {
+    pool: &'a Pool,
+    id: LayerId,
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        let given = self.pool.turn().and_then(|turn| turn.give_back(self.id));
+        given.unwrap_or_else(|e| tracing::debug!("the device of layer {} stays active: {e}", self.id));
+    }
 }
 
 /// The pool while nobody else changes it.
@@ -60,19 +83,20 @@ impl Pool {
     /// Makes the state the first time, and later compares it with what the user asks for.
     fn begin(&self) -> Result<()> {
         let _lock = self.lock()?;
-        let Some(mut state) = State::load(&self.home)? else {
-            let id = storage::new_id()?;
+        let found = State::load(&self.home)?;
+        let Some(mut state) = found.clone().filter(|state| !state.dividing) else {
+            // A disk that was being divided has this id on it, perhaps.
+            let id = found.map_or_else(storage::new_id, |half| Ok(half.id))?;
             return storage::plan(&self.kernel, &self.home, &id, &self.wishes)?.save(&self.home);
         };
         agree(&state, &self.wishes)?;
-        if let (Storage::Loop { data, .. }, From::Loop { data: wish, .. }, true) =
-            (&mut state.storage, &self.wishes.from, self.wishes.explicit)
-            && *wish > *data
-        {
-            *data = *wish;
-            state.save(&self.home)?;
+        let old = state.clone();
+        match (&mut state.storage, &self.wishes.from) {
+            (Storage::Loop { data, .. }, From::Loop { data: Some(wish), .. }) => *data = *wish,
+            (Storage::Direct { device, .. }, From::Direct(direct)) => *device = std::path::absolute(&direct.device)?,
+            _ => {}
         }
-        Ok(())
+        if state != old { state.save(&self.home) } else { Ok(()) }
     }
 
     fn lock(&self) -> Result<File> {
@@ -87,6 +111,7 @@ impl Pool {
         let lock = self.lock()?;
         let state = self.look()?;
         storage::set_up(&self.kernel, &self.home, &state)?;
+        filesystem::never_retry(&state.prefix());
         Ok(Turn { pool: self, state, _lock: lock })
     }
 
@@ -96,28 +121,25 @@ impl Pool {
         State::load(&self.home)?.ok_or_else(gone)
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, BTreeSet<LayerId>> {
+    fn held(&self) -> std::sync::MutexGuard<'_, BTreeMap<LayerId, Use>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layers whose devices this opening of the pool uses.
     pub(crate) fn held_now(&self) -> Vec<LayerId> {
-        self.held().iter().copied().collect()
+        self.held().keys().copied().collect()
     }
 
     /// Marks a layer's device as used until [`let_go`](Self::let_go), or until this process ends.
-    fn hold(&self, id: LayerId) -> Result<()> {
+    fn hold(&self, id: LayerId, note: impl FnOnce(&mut Use)) -> Result<()> {
         let mut held = self.held();
-        if held.contains(&id) {
-            return Ok(());
+        if !held.contains_key(&id)
+            && !sys::lock_byte(&self.uses, id.0, ByteLock::Shared).doing(|| "locking uses.lock")?
+        {
+            return Err(Error::new(ErrorKind::Busy, format!("layer {id} is just being committed or removed"))
+                .hint("try again afterwards"));
         }
-        match sys::lock_byte(&self.uses, id.0, ByteLock::Shared).doing(|| "locking uses.lock")? {
-            true => drop(held.insert(id)),
-            false => {
-                return Err(Error::new(ErrorKind::Busy, format!("layer {id} is just being removed"))
-                    .hint("try again afterwards"));
-            }
-        }
+        note(held.entry(id).or_default());
         Ok(())
     }
 
@@ -145,20 +167,37 @@ fn agree(state: &State, wishes: &Wishes) -> Result<()> {
         return Ok(());
     }
     match (&wishes.from, &state.storage) {
-        (From::Loop { data, metadata }, Storage::Loop { data: d, metadata: m }) if data < d || metadata != m => {
+        (From::Loop { data, metadata }, Storage::Loop { data: d, metadata: m })
+            if data.is_some_and(|data| data < *d) || metadata.is_some_and(|metadata| metadata != *m) =>
+        {
             refuse(format!("the loop files have {d} and {m} bytes; dm.loopdatasize can grow, and nothing else change"))
         }
         (From::Loop { .. }, Storage::Loop { .. }) => Ok(()),
         (From::Devices { data, metadata }, Storage::Devices { data: d, metadata: m }) if data == d && metadata == m => {
             Ok(())
         }
-        (From::Direct(Direct { device, .. }), Storage::Direct { device: d, .. }) if device == d => Ok(()),
+        (From::Direct(direct), Storage::Direct { device, shares, .. })
+            if std::path::absolute(&direct.device).is_ok_and(|wish| wish == *device)
+                || storage::check_header(&direct.device, &state.id).is_ok() =>
+        {
+            match shares {
+                Some((data, metadata))
+                    if direct.percent.is_some_and(|wish| wish != *data)
+                        || direct.meta_percent.is_some_and(|wish| wish != *metadata) =>
+                {
+                    refuse(format!(
+                        "the disk was divided by dm.thinp_percent={data} and dm.thinp_metapercent={metadata}"
+                    ))
+                }
+                _ => Ok(()),
+            }
+        }
         (From::Given(pool), Storage::Given { name }) if pool.file_name().is_some_and(|n| n == name.as_str()) => Ok(()),
         _ => refuse(format!("the layers here are in another pool, made of {}", state.storage)),
     }
 }
 
-impl Turn<'_> {
+impl<'a> Turn<'a> {
     pub(crate) fn save(&self) -> Result<()> {
         self.state.save(&self.pool.home)
     }
@@ -173,17 +212,10 @@ impl Turn<'_> {
 
     /// Makes sure that the pool can be changed, and finishes what an interrupted change left.
     pub(crate) fn ready(&mut self) -> Result<PoolStatus> {
-        let status = self.status()?;
-        self.refuse_broken(&status)?;
-        let State { transaction, intent, .. } = self.state;
+        let status = self.agree()?;
+        status.refuse_changes(&self.state.pool_name())?;
         let at = status.transaction;
-        if at != transaction && !(intent.is_some() && at == transaction + 1) {
-            let why = format!("the pool is at transaction {at}, and pool.json at {transaction}");
-            let hint = "one of them was restored from a backup, or another program uses the pool: restore both from the \
-                        same moment, or remove the data root and load the images again";
-            return Err(Error::new(ErrorKind::Corrupt, why).hint(hint));
-        }
-        if let Some(thin) = intent {
+        if let Some(thin) = self.state.intent {
             tracing::debug!(thin, "finishing an interrupted change of the pool");
             self.forget_thin(thin)?;
             self.count_up(at)?;
@@ -192,19 +224,29 @@ impl Turn<'_> {
         Ok(status)
     }
 
-    fn refuse_broken(&self, status: &PoolStatus) -> Result<()> {
-        let name = self.state.pool_name();
-        if !status.needs_check && matches!(status.mode, Mode::Writable | Mode::OutOfData) {
+    /// Fails if the pool's own state and ours are not of the same moment, or if nothing can be said of the pool.
+    pub(crate) fn agree(&self) -> Result<PoolStatus> {
+        let status = self.status()?;
+        status.refuse_failed(&self.state.pool_name())?;
+        let State { transaction, intent, .. } = self.state;
+        let at = status.transaction;
+        if at != transaction && !(intent.is_some() && at == transaction + 1) {
+            let why = format!("the pool is at transaction {at}, and pool.json at {transaction}");
+            let hint = "one of them was restored from a backup, or another program uses the pool: restore both from the \
+                        same moment, or remove the data root and load the images again";
+            return Err(Error::new(ErrorKind::Corrupt, why).hint(hint));
+        }
+        Ok(status)
+    }
+
+    /// Fails if there is no room for data.
+    pub(crate) fn refuse_full(&self) -> Result<()> {
+        if !self.status()?.is_full() {
             return Ok(());
         }
-        let full = status.metadata.used >= status.metadata.total.saturating_sub(2);
-        let (kind, why) = match full {
-            true => (ErrorKind::OutOfSpace, format!("the metadata of pool {name} are full")),
-            false => (ErrorKind::Corrupt, format!("the kernel takes no more changes to pool {name}")),
-        };
-        let hint = "layers can still be read; unmount them, take the pool down (dmsetup remove), repair it with \
-                    thin_check --clear-needs-check-flag or thin_repair, with more room for metadata";
-        Err(Error::new(kind, why).hint(hint))
+        let why =
+            format!("the data of pool {} are full, and what was written last may be lost", self.state.pool_name());
+        Err(Error::new(ErrorKind::OutOfSpace, why).hint("remove images or containers, or make the pool larger"))
     }
 
     fn forget_thin(&self, thin: u32) -> Result<()> {
@@ -353,13 +395,36 @@ impl Turn<'_> {
 
     /// The layer's device, there until it is released. Committed layers are read-only.
     pub(crate) fn activate(&mut self, id: LayerId) -> Result<PathBuf> {
+        self.wake(id, |uses| uses.described = true)
+    }
+
+    /// The layer's device, there until it is given back.
+    pub(crate) fn borrow(&mut self, id: LayerId) -> Result<(PathBuf, Borrowed<'a>)> {
+        match self.wake(id, |uses| uses.borrowed += 1) {
+            Ok(node) => Ok((node, Borrowed { pool: self.pool, id })),
+            Err(e) => self.give_back(id).and(Err(e)),
+        }
+    }
+
+    fn give_back(&self, id: LayerId) -> Result<()> {
+        let unused = self.pool.held().get_mut(&id).is_some_and(|uses| {
+            uses.borrowed = uses.borrowed.saturating_sub(1);
+            !uses.described && uses.borrowed == 0
+        });
+        if unused {
+            self.deactivate(id)?;
+        }
+        Ok(())
+    }
+
+    fn wake(&mut self, id: LayerId, note: impl FnOnce(&mut Use)) -> Result<PathBuf> {
         let layer = self.state.layer_mut(id)?;
         let committed = layer.phase == Phase::Committed;
         if !committed && !layer.written {
             layer.written = true;
             self.save()?;
         }
-        self.pool.hold(id)?;
+        self.pool.hold(id, note)?;
         let Layer { thin, size, .. } = self.state.layers[&id];
         self.show(&self.state.device_name(id), thin, size, committed)
     }
@@ -390,7 +455,9 @@ impl Turn<'_> {
     /// Gives back the space below a device that is nobody's any more. Its name is taken for that.
     pub(crate) fn discard(&self, name: &str, thin: u32, size: u64) -> Result<()> {
         let node = self.show(name, thin, size, false)?;
-        let device = File::options().write(true).open(&node).doing(|| format!("opening {}", node.display()))?;
+        // Exclusively: a mounted filesystem, wherever it is mounted, would lose what it is on.
+        let options = File::options().write(true).custom_flags(libc::O_EXCL).open(&node);
+        let device = options.doing(|| format!("opening {} for its space to be given back", node.display()))?;
         let discarded = sys::discard(device.as_fd(), size).doing(|| format!("discarding {}", node.display()));
         drop(device);
         // A pool whose data cannot be discarded deletes its devices all the same.

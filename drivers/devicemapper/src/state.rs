@@ -27,6 +27,9 @@ pub(crate) struct State {
     /// Eight hexadecimal digits in the names of all devices of this pool.
     pub id: String,
     pub storage: Storage,
+    /// Whether the disk it is on is being divided: nothing is known to be there yet, and it may be done anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dividing: bool,
     /// The pool's block size in bytes.
     pub block: u64,
     /// The pool's transaction number when everything here is true. With an intent the pool's may be one more.
@@ -50,7 +53,14 @@ pub(crate) enum Storage {
     /// Two block devices.
     Devices { data: PathBuf, metadata: PathBuf },
     /// One block device: a header of 1 MiB, metadata, data. Sizes in bytes.
-    Direct { device: PathBuf, metadata: u64, data: u64 },
+    Direct {
+        device: PathBuf,
+        metadata: u64,
+        data: u64,
+        /// The percent of data and metadata that it was divided by.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        shares: Option<(u64, u64)>,
+    },
     /// Somebody else's pool.
     Given { name: String },
 }
@@ -95,6 +105,9 @@ pub(crate) struct Layer {
     pub grow: bool,
     /// Inodes in use before anything was written to it.
     pub inodes: u64,
+    /// Whether a commit found the pool full, so that it may lack what was written to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lacking: bool,
     /// As it was when the layer was committed.
     #[serde(default)]
     pub usage: Option<Size>,
@@ -128,7 +141,8 @@ pub(crate) enum Phase {
 impl State {
     pub(crate) fn new(id: String, storage: Storage, block: u64, transaction: u64) -> State {
         let layers = BTreeMap::new();
-        State { version: VERSION, id, storage, block, transaction, next: 1, intent: None, base: None, layers }
+        let (version, dividing, next, intent, base) = (VERSION, false, 1, None, None);
+        State { version, id, storage, dividing, block, transaction, next, intent, base, layers }
     }
 
     /// None if there is no pool yet.
@@ -237,6 +251,7 @@ mod tests {
             written: true,
             grow: false,
             inodes: 3,
+            lacking: false,
             usage,
         };
         state.layers.insert(LayerId(1), layer);

@@ -51,6 +51,39 @@ impl Used {
 }
 
 impl PoolStatus {
+    /// Fails if the kernel has given the pool up.
+    pub(crate) fn refuse_failed(&self, pool: &str) -> Result<()> {
+        if self.mode != Mode::Failed {
+            return Ok(());
+        }
+        let why = format!("the kernel has given up pool {pool}: it cannot read or write the metadata");
+        let hint = "dmesg says why; see that the devices below are sound, unmount the layers, take the pool down (dmsetup \
+                    remove), and repair it with thin_repair";
+        Err(Error::new(ErrorKind::Corrupt, why).hint(hint))
+    }
+
+    /// Fails if the pool can only be read.
+    pub(crate) fn refuse_changes(&self, pool: &str) -> Result<()> {
+        self.refuse_failed(pool)?;
+        if !self.needs_check && matches!(self.mode, Mode::Writable | Mode::OutOfData) {
+            return Ok(());
+        }
+        // The kernel keeps a few blocks back for itself.
+        let full = self.metadata.used >= self.metadata.total.saturating_sub(2);
+        let (kind, why) = match full {
+            true => (ErrorKind::OutOfSpace, format!("the metadata of pool {pool} are full")),
+            false => (ErrorKind::Corrupt, format!("the kernel takes no more changes to pool {pool}")),
+        };
+        let hint = "layers can still be read; unmount them, take the pool down (dmsetup remove), and repair it with \
+                    thin_check --clear-needs-check-flag or thin_repair";
+        Err(Error::new(kind, why).hint(hint))
+    }
+
+    /// Whether there is no room for data, so that what filesystems still have in memory may be lost.
+    pub(crate) fn is_full(&self) -> bool {
+        self.mode == Mode::OutOfData || self.data.total > 0 && self.data.used >= self.data.total
+    }
+
     /// Reads the line without its first fields, start, length and `thin-pool`.
     pub(crate) fn parse(line: &str) -> Result<PoolStatus> {
         if matches!(line.trim(), "Fail" | "Error") {
@@ -117,6 +150,19 @@ mod tests {
         assert!(full.needs_check && !full.discard_passdown && !full.error_if_full);
         assert_eq!(PoolStatus::parse("Fail").unwrap().mode, Mode::Failed);
         assert_eq!(PoolStatus::parse("7 1/2 4/4 - ro - - - 8").unwrap().mode, Mode::ReadOnly);
+    }
+
+    #[test]
+    fn a_failed_pool_is_not_called_full() {
+        let failed = PoolStatus::parse("Fail").unwrap();
+        for e in [failed.refuse_failed("p").unwrap_err(), failed.refuse_changes("p").unwrap_err()] {
+            assert!(e.kind() == ErrorKind::Corrupt && !e.to_string().contains("full"), "{e}");
+        }
+        assert!(!failed.is_full());
+        let refused = |line: &str| PoolStatus::parse(line).unwrap().refuse_changes("p").unwrap_err();
+        assert_eq!(refused("7 1/90 4/9 - ro - - - 8").kind(), ErrorKind::Corrupt);
+        assert_eq!(refused("7 1/90 4/9 - rw - - needs_check 8").kind(), ErrorKind::Corrupt);
+        assert_eq!(refused("7 88/90 4/9 - rw - - needs_check 8").kind(), ErrorKind::OutOfSpace);
     }
 
     #[test]

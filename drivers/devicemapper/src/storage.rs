@@ -43,18 +43,30 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
     let state = |storage, block, transaction| State::new(id.to_owned(), storage, block, transaction);
     match &wishes.from {
         From::Loop { data, metadata } => {
+            let (data, metadata) = (data.unwrap_or(100 << 30), metadata.unwrap_or(2 << 30));
             refuse_orphan(&home.join("metadata"))?;
-            for (name, size) in [("data", *data), ("metadata", *metadata)] {
+            for (name, size) in [("data", data), ("metadata", metadata)] {
                 make_file(&home.join(name), size)?;
             }
-            Ok(state(Storage::Loop { data: *data, metadata: *metadata }, block, 0))
+            Ok(state(Storage::Loop { data, metadata }, block, 0))
         }
         From::Devices { data, metadata } => {
+            // Exclusively: a device that is mounted, or part of something else, is Busy.
+            let _both = [open_device(data, true)?, open_device(metadata, true)?];
+            for device in [data, metadata]
+                .into_iter()
+                .filter(|device| !["/dev/disk", "/dev/mapper"].iter().any(|dir| device.starts_with(dir)))
+            {
+                tracing::warn!(
+                    "device names can change at boot: {} is safer as one of /dev/disk/by-id",
+                    device.display()
+                );
+            }
             refuse_signature(data).map_err(|e| e.hint(wipe(data)))?;
             refuse_used_metadata(metadata)?;
             Ok(state(Storage::Devices { data: data.clone(), metadata: metadata.clone() }, block, 0))
         }
-        From::Direct(direct) => Ok(state(divide(direct, block, id)?, block, 0)),
+        From::Direct(direct) => divide(home, direct, block, id),
         From::Given(pool) => {
             let name = given_name(pool)?;
             let (block, transaction) = adopt(kernel, &name)?;
@@ -142,40 +154,51 @@ fn size_of(path: &Path) -> Result<u64> {
     sys::device_size(open_device(path, false)?.as_fd()).doing(|| format!("measuring {}", path.display()))
 }
 
-/// Prepares a device of which all that was on it may be lost.
-fn divide(direct: &Direct, block: u64, id: &str) -> Result<Storage> {
+/// Prepares a device of which all that was on it may be lost. The state is saved first, with an id by which a disk is known
+/// again on which nothing but its header is.
+fn divide(home: &Path, direct: &Direct, block: u64, id: &str) -> Result<State> {
     let path = std::path::absolute(&direct.device)?;
     // Exclusively: a device that is mounted, or part of a RAID or a volume group, is Busy.
     let device = open_device(&path, true)?;
-    if !direct.force {
+    let header = format!("{FORMAT}\n{id}\n");
+    let mut start = vec![0; header.len()];
+    device.read_exact_at(&mut start, 0).doing(|| format!("reading {}", path.display()))?;
+    let ours = start == header.as_bytes();
+    // Forced or not: that stays in configuration files, and device names change at boot.
+    if start.starts_with(FORMAT.as_bytes()) && !ours {
+        let why = format!("{} has a pool of graphdriver's on it, of another data root", path.display());
+        let hint = format!("dd if=/dev/zero of={} bs=1M count=1 destroys that", path.display());
+        return Err(Error::new(ErrorKind::InvalidInput, why).hint(hint));
+    }
+    if !ours && !direct.force {
         refuse_signature(&path).map_err(|e| e.hint("dm.directlvm_device_force=true destroys that"))?;
-        let mut start = [0; FORMAT.len()];
-        device.read_exact_at(&mut start, 0)?;
-        if start == FORMAT.as_bytes() {
-            let why = format!("{} has a pool of graphdriver's on it, of another data root", path.display());
-            return Err(Error::new(ErrorKind::InvalidInput, why).hint("dm.directlvm_device_force=true destroys that"));
-        }
     }
     let size = sys::device_size(device.as_fd())?;
     let (metadata, data) = shares(size, direct, block).ok_or_else(|| {
         let why = format!("{} has {} MiB, too few to divide up", path.display(), size >> 20);
         Error::new(ErrorKind::InvalidInput, why)
     })?;
-    let mut header = vec![0; HEADER as usize];
-    let text = format!("{FORMAT}\n{id}\n");
-    header[..text.len()].copy_from_slice(text.as_bytes());
+    let storage = Storage::Direct { device: path.clone(), metadata, data, shares: Some(direct.shares()) };
+    let mut state = State::new(id.to_owned(), storage, block, 0);
+    state.dividing = true;
+    state.save(home)?;
+    let mut first = vec![0; HEADER as usize];
+    first[..header.len()].copy_from_slice(header.as_bytes());
     // Zeros at the start of the metadata make the kernel begin a new pool.
-    let written = device.write_all_at(&[0; 4096], HEADER).and_then(|()| device.write_all_at(&header, 0));
+    let written = device.write_all_at(&[0; 4096], HEADER).and_then(|()| device.write_all_at(&first, 0));
     written.and_then(|()| device.sync_all()).doing(|| format!("writing to {}", path.display()))?;
-    Ok(Storage::Direct { device: path, metadata, data })
+    step()?;
+    state.dividing = false;
+    Ok(state)
 }
 
 /// How many bytes of a device become metadata and data.
 fn shares(size: u64, direct: &Direct, block: u64) -> Option<(u64, u64)> {
     let percent = |n: u64| (u128::from(size) * u128::from(n) / 100) as u64;
-    let metadata = percent(direct.meta_percent).clamp(2 << 20, METADATA_MOST) >> 20 << 20;
+    let (data_percent, metadata_percent) = direct.shares();
+    let metadata = percent(metadata_percent).clamp(2 << 20, METADATA_MOST) >> 20 << 20;
     let room = size.checked_sub(HEADER + metadata)?;
-    let data = percent(direct.percent).min(room) / block * block;
+    let data = percent(data_percent).min(room) / block * block;
     (data >= 64 << 20).then_some((metadata, data))
 }
 
@@ -215,11 +238,24 @@ fn need_given(kernel: &Kernel, name: &str) -> Result<()> {
     }
 }
 
+/// Resumes what the pool is made of if somebody was killed while making it larger: all that is asked of the pool would wait.
+fn wake_parts(kernel: &Kernel, state: &State) -> Result<()> {
+    for part in ["tmeta", "tdata"] {
+        let name = format!("{}{part}", state.prefix());
+        if kernel.info(&name)?.is_some_and(|info| info.suspended && info.live) {
+            kernel.resume(&name)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the pool's device unless it is there.
 pub(crate) fn set_up(kernel: &Kernel, home: &Path, state: &State) -> Result<()> {
     let name = state.pool_name();
-    if let Storage::Given { name } = &state.storage {
-        return need_given(kernel, name);
+    match &state.storage {
+        Storage::Given { name } => return need_given(kernel, name),
+        Storage::Direct { .. } => wake_parts(kernel, state)?,
+        _ => {}
     }
     if let Some(info) = kernel.info(&name)?.filter(|info| info.live) {
         // Whoever was giving it another table is gone: we have the lock.
@@ -248,7 +284,7 @@ impl Parts {
             Storage::Devices { data, metadata } => {
                 Ok(Parts { metadata: metadata.clone(), data: data.clone(), _open: Vec::new() })
             }
-            Storage::Direct { device, metadata, data } => {
+            Storage::Direct { device, metadata, data, .. } => {
                 check_header(device, &state.id)?;
                 let meta = linear(kernel, state, "tmeta", device, HEADER, *metadata)?;
                 let data = linear(kernel, state, "tdata", device, HEADER + metadata, *data)?;
@@ -292,7 +328,8 @@ fn linear(kernel: &Kernel, state: &State, part: &str, device: &Path, start: u64,
     kernel.node(&name)
 }
 
-fn check_header(device: &Path, id: &str) -> Result<()> {
+/// Fails if the device has not the layers on it that belong to this id.
+pub(crate) fn check_header(device: &Path, id: &str) -> Result<()> {
     let mut start = [0; 64];
     let doing = || format!("reading {}", device.display());
     open_device(device, false)?.read_exact_at(&mut start, 0).doing(doing)?;
@@ -344,7 +381,7 @@ pub(crate) fn grow(kernel: &Kernel, home: &Path, state: &State) -> Result<()> {
             File::options().write(true).open(&path).and_then(|file| file.set_len(*size))?;
             sys::refresh_loop(open_device(&data, false)?.as_fd()).doing(|| format!("growing {}", path.display()))?;
         }
-        Storage::Direct { device, metadata, data } => {
+        Storage::Direct { device, metadata, data, .. } => {
             let target = linear_target(device, HEADER + metadata, *data);
             kernel.reload(&format!("{}tdata", state.prefix()), &target)?;
         }
@@ -397,11 +434,11 @@ mod tests {
     #[test]
     fn a_device_is_divided_into_aligned_shares_that_fit() {
         let direct =
-            Direct { device: "x".into(), force: false, percent: 95, meta_percent: 1, threshold: 80, extend: 20 };
+            Direct { device: "x".into(), force: false, percent: None, meta_percent: None, threshold: 80, extend: 20 };
         let (metadata, data) = shares(4 << 30, &direct, 64 << 10).unwrap();
         assert_eq!((metadata, data % (64 << 10)), (40 << 20, 0));
         assert!(data > (4u64 << 30) * 94 / 100 && HEADER + metadata + data <= 4 << 30);
-        let all = Direct { percent: 99, ..direct.clone() };
+        let all = Direct { percent: Some(99), ..direct.clone() };
         let (metadata, data) = shares(200 << 20, &all, 64 << 10).unwrap();
         assert_eq!((metadata, HEADER + metadata + data), (2 << 20, 200 << 20));
         assert_eq!(shares(1 << 20, &direct, 64 << 10), None);

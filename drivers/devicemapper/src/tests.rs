@@ -45,13 +45,20 @@ const SIZE: u64 = 32 << 20;
 /// Layers of 32 MiB on a small loop pool, all of it gone in the end.
 struct Rig {
     driver: Option<DeviceMapper>,
+    options: Options,
     dir: TempDir,
 }
 
 impl Rig {
     fn new() -> Rig {
-        let dir = TempDir::with_prefix("graphdriver-dm-").unwrap();
-        let mut rig = Rig { driver: None, dir };
+        Rig::on(&[("dm.loopdatasize", "1G"), ("dm.loopmetadatasize", "4M")])
+    }
+
+    fn on(pool: &[(&str, &str)]) -> Rig {
+        let size = SIZE.to_string();
+        let all = [&[("dm.fs", "ext4"), ("dm.basesize", &size)], pool].concat();
+        let options = Options(all.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect());
+        let mut rig = Rig { driver: None, options, dir: TempDir::with_prefix("graphdriver-dm-").unwrap() };
         rig.reopen();
         rig
     }
@@ -61,10 +68,7 @@ impl Rig {
     }
 
     fn open(&self) -> Result<DeviceMapper> {
-        let size = SIZE.to_string();
-        let options =
-            [("dm.fs", "ext4"), ("dm.basesize", &size), ("dm.loopdatasize", "1G"), ("dm.loopmetadatasize", "4M")];
-        DeviceMapper::open(self.home(), &Options(options.map(|(n, v)| (n.into(), v.to_owned())).into()))
+        DeviceMapper::open(self.home(), &self.options)
     }
 
     /// As the next process does, where the last one had no time to close it.
@@ -121,7 +125,10 @@ impl Drop for Rig {
         let all = String::from_utf8_lossy(&out.stdout).into_owned();
         let ours = all.lines().filter_map(|line| line.split_whitespace().next());
         let mut ours: Vec<_> = ours.filter(|name| name.starts_with(&state.prefix())).collect();
-        ours.sort_by_key(|name| name.ends_with("pool"));
+        ours.sort_by_key(|name| ["pool", "tdata", "tmeta"].iter().position(|part| name.ends_with(part)));
+        for name in ours.iter().rev() {
+            let _ = Command::new("dmsetup").args(["resume", name]).status();
+        }
         for name in ours {
             let _ = Command::new("dmsetup").args(["remove", "--retry", name]).status();
         }
@@ -268,4 +275,121 @@ fn a_pool_at_another_transaction_is_refused() {
     now.save(rig.home()).unwrap();
     rig.reopen();
     rig.check();
+}
+
+#[test]
+fn a_crash_at_any_step_of_closing_leaves_no_wiped_base() {
+    needs_guest!("a_crash_at_any_step_of_closing_leaves_no_wiped_base");
+    let mut rig = Rig::new();
+    let usable = |rig: &Rig| {
+        rig.driver().create(A, &[], &plain()).unwrap();
+        rig.write(A, "f");
+    };
+    let emptied = |rig: &mut Rig| {
+        // What a crash has left of the pool's device is set up again.
+        rig.reopen();
+        usable(rig);
+        rig.driver().remove(A).unwrap();
+    };
+    let close = |driver: &DeviceMapper| driver.layers.close();
+    let after = |rig: &Rig| {
+        usable(rig);
+        rig.driver().remove(A).unwrap();
+    };
+    let crashes = crash_everywhere(&mut rig, emptied, close, after);
+    assert!(crashes > 10, "{crashes}");
+}
+
+#[test]
+fn a_crash_at_any_step_of_changing_the_base_leaves_no_wiped_base() {
+    needs_guest!("a_crash_at_any_step_of_changing_the_base_leaves_no_wiped_base");
+    let mut rig = Rig::new();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let options = rig.options.clone();
+    let home = rig.home().to_owned();
+    let larger = |_: &DeviceMapper| {
+        let mut options = options.clone();
+        options.0.retain(|(name, _)| name != "dm.basesize");
+        options.0.push(("dm.basesize".into(), (SIZE * 2).to_string()));
+        DeviceMapper::open(&home, &options)?.create(B, &[], &plain())
+    };
+    let again = |rig: &mut Rig| {
+        rig.driver().remove(B).unwrap();
+        rig.driver().create(B, &[], &plain()).unwrap();
+        rig.driver().remove(B).unwrap();
+    };
+    let usable = |rig: &Rig| {
+        rig.driver().remove(B).unwrap();
+        rig.driver().create(B, &[], &plain()).unwrap();
+        rig.write(B, "f");
+    };
+    let crashes = crash_everywhere(&mut rig, again, larger, usable);
+    assert!(crashes > 20, "{crashes}");
+}
+
+/// A disk of 512 MiB, as a loop device.
+struct Disk(String);
+
+impl Disk {
+    fn new(dir: &Path) -> Disk {
+        let file = dir.join("disk");
+        std::fs::File::create(&file).and_then(|file| file.set_len(512 << 20)).unwrap();
+        let out = Command::new("losetup").args(["-f", "--show"]).arg(file).output().unwrap();
+        Disk(String::from_utf8(out.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_crash_while_a_disk_is_divided_locks_nobody_out() {
+    needs_guest!("a_crash_while_a_disk_is_divided_locks_nobody_out");
+    let dir = TempDir::new().unwrap();
+    for steps in 0.. {
+        let disk = Disk::new(dir.path());
+        let home = TempDir::with_prefix("graphdriver-dm-").unwrap();
+        let pool = [("dm.directlvm_device", disk.0.as_str()), ("dm.fs", "ext4"), ("dm.basesize", "32M")];
+        let options = Options(pool.map(|(n, v)| (n.into(), v.to_owned())).into());
+        let opened = crash_after(steps, || DeviceMapper::open(home.path(), &options).map(drop));
+        DeviceMapper::open(home.path(), &options).map(drop).unwrap_or_else(|e| panic!("after {steps} steps: {e}"));
+        if let Some(opened) = opened {
+            opened.unwrap();
+            assert!(steps > 5, "{steps}");
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_crash_at_any_step_of_extending_leaves_nothing_suspended() {
+    needs_guest!("a_crash_at_any_step_of_extending_leaves_nothing_suspended");
+    let dir = TempDir::new().unwrap();
+    let disk = Disk::new(dir.path());
+    // With a threshold that is always reached it grows each time.
+    let rig = Rig::on(&[
+        ("dm.directlvm_device", &disk.0),
+        ("dm.thinp_percent", "30"),
+        ("dm.thinp_autoextend_threshold", "1"),
+        ("dm.thinp_autoextend_percent", "5"),
+    ]);
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let pool = &rig.driver().layers.pool;
+    for steps in 0.. {
+        let done = crash_after(steps, || pool.turn()?.extend());
+        let state = State::load(rig.home()).unwrap().unwrap();
+        crate::storage::set_up(&pool.kernel, rig.home(), &state).unwrap();
+        for part in ["pool", "tdata", "tmeta"] {
+            let info = pool.kernel.info(&format!("{}{part}", state.prefix())).unwrap().unwrap();
+            assert!(!info.suspended, "{part} after {steps} steps");
+        }
+        if let Some(done) = done {
+            done.unwrap();
+            assert!(steps > 5, "{steps}");
+            break;
+        }
+    }
 }

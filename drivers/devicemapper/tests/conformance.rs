@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     conformance::main(vec![
         setup("xfs::loop", Pool::Loop, &[("dm.fs", "xfs")]),
         setup("ext4::loop", Pool::Loop, &[("dm.fs", "ext4")]),
+        setup("ext4::given_pool", Pool::Given, &[("dm.fs", "ext4")]),
         setup("xfs::given_pool", Pool::Given, &[("dm.fs", "xfs"), ("dm.blkdiscard", "true")]),
     ])
 }

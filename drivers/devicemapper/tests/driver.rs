@@ -7,7 +7,7 @@ mod skip;
 
 use common::{BASE_SIZE, Pool, Rig, no_devicemapper, run};
 use graphdriver_core::{
-    Access, ByteSize, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
+    Access, ByteSize, Candidates, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Options, Result, mount,
 };
 use graphdriver_devicemapper::{DeviceMapper, FACTORY};
 use rustix::{
@@ -55,11 +55,16 @@ fn show(rig: &Rig, id: LayerId, access: Access) -> OwnedFd {
     mount::detached(&rig.driver().mount(id, &[], access).unwrap()).unwrap()
 }
 
+/// What files are full of.
+fn pattern() -> Vec<u8> {
+    (0..MIB).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
 /// Writes random bytes and waits until they are on the pool.
 fn fill(root: &OwnedFd, name: &str, bytes: u64) -> std::io::Result<()> {
     let flags = OFlags::CREATE | OFlags::RDWR;
     let file = File::from(rustix::fs::openat(root, name, flags, Mode::RUSR | Mode::WUSR)?);
-    let piece: Vec<u8> = (0..MIB).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let piece = pattern();
     (0..bytes / MIB).try_for_each(|n| file.write_all_at(&piece, n * MIB))?;
     file.sync_all()
 }
@@ -149,6 +154,16 @@ fn devices_sleep_when_nobody_uses_them() {
     assert_eq!(awake(&rig), 0, "gone with its last user");
 }
 
+/// A program that another test starts, or udev, may have the device open for a moment; no opening waits for that.
+fn freed_by_a_later_opening(rig: &mut Rig) {
+    let freed = (0..50).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        rig.reopen().unwrap();
+        rig.state()["layers"] == serde_json::json!({})
+    });
+    assert!(freed, "{}", rig.state());
+}
+
 #[test]
 fn a_mounted_layer_is_busy_or_removed_later() {
     needs_guest!("a_mounted_layer_is_busy_or_removed_later");
@@ -167,8 +182,7 @@ fn a_mounted_layer_is_busy_or_removed_later() {
     assert_eq!(kind(rig.driver().mount(A, &[], Access::ReadOnly)), ErrorKind::NotFound);
     fill(&shown, "on", MIB).unwrap();
     drop(shown);
-    rig.reopen().unwrap();
-    assert_eq!(rig.state()["layers"], serde_json::json!({}));
+    freed_by_a_later_opening(&mut rig);
 }
 
 #[test]
@@ -222,13 +236,30 @@ fn a_nearly_full_pool_takes_no_more_layers() {
 #[test]
 fn a_full_pool_refuses_writers_and_damages_nothing() {
     needs_guest!("a_full_pool_refuses_writers_and_damages_nothing");
-    let options = [("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "96M"), ("dm.min_free_space", "0%")];
-    let mut rig = Rig::new(Pool::Loop, &options).unwrap();
+    SOON_FULL.iter().for_each(|options| refuses_writers_and_damages_nothing(options));
+}
+
+/// Pools that are full before the filesystems on them are.
+const SOON_FULL: [&[(&str, &str)]; 2] = [
+    &[("dm.fs", "ext4"), ("dm.basesize", "128M"), ("dm.loopdatasize", "96M"), ("dm.min_free_space", "0%")],
+    // Its log alone is 64 MiB.
+    &[XFS, ("dm.loopdatasize", "176M"), ("dm.min_free_space", "0%")],
+];
+
+fn refuses_writers_and_damages_nothing(options: &[(&str, &str)]) {
+    let mut rig = Rig::new(Pool::Loop, options).unwrap();
     rig.driver().create(A, &[], &plain()).unwrap();
     fill(&show(&rig, A, Access::ReadWrite), "kept", 20 * MIB).unwrap();
     rig.driver().commit(A).unwrap();
     rig.driver().create(B, &[A], &plain()).unwrap();
-    assert!(full(fill(&show(&rig, B, Access::ReadWrite), "big", 100 * MIB)));
+    let root = show(&rig, B, Access::ReadWrite);
+    assert!(full(fill(&root, "big", 100 * MIB)));
+    let mut narrow = rig.driver().native_diff().unwrap().narrow(B, &[A]).unwrap();
+    assert_eq!(narrow.candidates(Path::new("")).unwrap(), Candidates::All, "a full pool compares by a walk");
+    drop((narrow, root));
+    // To grow, it would be suspended too, for which its filesystem flushes.
+    let grown = kind(rig.driver().set_limits(B, Limits { size: Some(ByteSize(BASE_SIZE * 2)), inodes: None }));
+    assert!([ErrorKind::OutOfSpace, ErrorKind::Io].contains(&grown), "{grown:?}");
     rig.driver().release(B).unwrap();
     assert_eq!(read(&rig, A, "kept").unwrap(), 20 * MIB);
     rig.driver().remove(B).unwrap();
@@ -238,6 +269,124 @@ fn a_full_pool_refuses_writers_and_damages_nothing() {
     fill(&show(&rig, C, Access::ReadWrite), "again", 10 * MIB).unwrap();
     rig.driver().commit(C).unwrap();
     assert_eq!(read(&rig, C, "again").unwrap(), 10 * MIB);
+}
+
+#[test]
+fn a_layer_that_lost_data_to_a_full_pool_is_not_committed() {
+    needs_guest!("a_layer_that_lost_data_to_a_full_pool_is_not_committed");
+    for options in SOON_FULL {
+        let rig = Rig::new(Pool::Loop, options).unwrap();
+        for id in [A, B] {
+            rig.driver().create(id, &[], &plain()).unwrap();
+        }
+        fill(&show(&rig, B, Access::ReadWrite), "small", 20 * MIB).unwrap();
+        rig.driver().release(B).unwrap();
+        let root = show(&rig, A, Access::ReadWrite);
+        // Only what is flushed learns that there was no room: a writer that does not wait is told that all is well.
+        let file = rustix::fs::openat(&root, "big", OFlags::CREATE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
+        let piece = vec![7; MIB as usize];
+        let file = File::from(file);
+        // Once it has noticed, a filesystem may refuse the rest.
+        let _ = (0..100).try_for_each(|n| file.write_all_at(&piece, n * MIB));
+        drop((file, root));
+        let refused = || rig.driver().commit(A).unwrap_err();
+        // A program that another test starts has inherited the mount for a moment.
+        let e = std::iter::repeat_with(refused).find(|e| e.kind() != ErrorKind::Busy).unwrap();
+        assert_eq!(e.kind(), ErrorKind::OutOfSpace, "{options:?}: {e}");
+        assert!(e.to_string().contains("full"), "{e}");
+        rig.driver().remove(B).unwrap();
+        assert_eq!(kind(rig.driver().commit(A)), ErrorKind::Corrupt, "room that comes later brings nothing back");
+        rig.driver().remove(A).unwrap();
+    }
+}
+
+#[test]
+fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
+    needs_guest!("a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted");
+    let deferred = [("dm.use_deferred_removal", "true"), ("dm.use_deferred_deletion", "true")];
+    // With ext4 the kernel itself refuses to discard a device whose superblock it has in memory.
+    let mut rig = Rig::new(Pool::Loop, &[&[XFS], &deferred[..]].concat()).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let shown = show(&rig, A, Access::ReadWrite);
+    fill(&shown, "early", MIB).unwrap();
+    rig.driver().remove(A).unwrap();
+    // Every opening looks for layers whose removal is to be finished.
+    rig.reopen().unwrap();
+    let file = rustix::fs::openat(&shown, "early", OFlags::RDONLY, Mode::empty()).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut found = vec![0; MIB as usize];
+    File::from(file).read_exact_at(&mut found, 0).unwrap();
+    assert!(found == pattern(), "what was written is there");
+    fill(&shown, "late", MIB).unwrap();
+    drop(shown);
+    freed_by_a_later_opening(&mut rig);
+}
+
+#[test]
+fn a_pool_that_takes_no_changes_is_still_read() {
+    needs_guest!("a_pool_that_takes_no_changes_is_still_read");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.close();
+    let pool = rig.devices().into_iter().find(|name| name.ends_with("pool")).unwrap();
+    let table = run(&["dmsetup", "table", &pool]);
+    let table = table.trim().replace(" 2 skip_block_zeroing", " 3 read_only skip_block_zeroing");
+    run(&["dmsetup", "load", &pool, "--table", &table]);
+    run(&["dmsetup", "resume", &pool]);
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    let e = rig.driver().create(B, &[A], &plain()).unwrap_err();
+    assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("no more changes"), "{e}");
+}
+
+#[test]
+fn a_commit_waits_for_no_one_and_takes_no_layer_that_another_process_uses() {
+    needs_guest!("a_commit_waits_for_no_one_and_takes_no_layer_that_another_process_uses");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let other = rig.another().unwrap();
+    let recipe = other.mount(A, &[], Access::ReadWrite).unwrap();
+    assert_eq!(kind(rig.driver().commit(A)), ErrorKind::Busy, "it is about to be mounted");
+    fill(&mount::detached(&recipe).unwrap(), "late", MIB).unwrap();
+    other.release(A).unwrap();
+    rig.driver().commit(A).unwrap();
+    assert_eq!(read(&rig, A, "late").unwrap(), MIB);
+}
+
+#[test]
+fn one_layer_in_use_stops_neither_reclaim_nor_later_use() {
+    needs_guest!("one_layer_in_use_stops_neither_reclaim_nor_later_use");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    for id in [A, B, C] {
+        rig.driver().create(id, &[], &plain()).unwrap();
+    }
+    let other = rig.another().unwrap();
+    let recipe = other.mount(A, &[], Access::ReadWrite).unwrap();
+    assert_eq!(kind(rig.driver().remove(A)), ErrorKind::Busy);
+    fill(&mount::detached(&recipe).unwrap(), "still", MIB).unwrap();
+    other.mount(B, &[], Access::ReadWrite).unwrap();
+    other.release(B).unwrap();
+    other.usage(B).unwrap();
+    let reclaimed = rig.driver().reclaim(&|_| false).unwrap();
+    assert_eq!(reclaimed.layers, 2, "all but the first, which is in use; the second was only measured");
+    assert_eq!(rig.state()["layers"]["1"]["phase"], "active", "a refused removal changes nothing");
+    other.release(A).unwrap();
+    rig.driver().remove(A).unwrap();
+}
+
+#[test]
+fn comparing_leaves_no_layer_in_use() {
+    needs_guest!("comparing_leaves_no_layer_in_use");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.driver().create(B, &[A], &plain()).unwrap();
+    drop(rig.driver().native_diff().unwrap().narrow(B, &[A]).unwrap());
+    let other = rig.another().unwrap();
+    other.remove(B).unwrap();
+    other.remove(A).unwrap();
 }
 
 #[test]
@@ -315,6 +464,7 @@ fn two_devices_make_a_pool_if_they_are_empty() {
     rig.reopen().unwrap();
     assert_eq!(read(&rig, A, "f").unwrap(), 8 * MIB);
     assert_eq!(kind(rig.reopen_with("dm.blocksize", "64K")), ErrorKind::InvalidInput);
+    switch_off(&mut rig);
     let e = Rig::on_devices(&options).err().expect("it is somebody's metadata");
     assert_eq!(e.kind(), ErrorKind::InvalidInput, "{e}");
     assert!(e.to_string().contains("dd if=/dev/zero") || e.to_string().contains("wipefs"), "{e}");
@@ -340,4 +490,75 @@ fn a_given_pool_has_to_be_empty_and_loop_files_can_grow() {
     rig.reopen_with("dm.loopdatasize", "512M").unwrap();
     assert_eq!(total(&rig), "537MB");
     assert_eq!(kind(rig.reopen_with("dm.loopdatasize", "128M")), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_size_that_nobody_gave_changes_nothing() {
+    needs_guest!("a_size_that_nobody_gave_changes_nothing");
+    let sizes = [("dm.loopdatasize", "256M"), ("dm.loopmetadatasize", "16M")];
+    let mut rig = Rig::new(Pool::Loop, &[EXT4, &sizes].concat()).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    rig.reopen_without("dm.loopdatasize").unwrap();
+    let total = rig.driver().status().into_iter().find(|(name, _)| name == "Data Space Total").unwrap().1;
+    assert_eq!(total, "268MB");
+    rig.reopen_with("dm.loopdatasize", "256M").unwrap();
+    rig.reopen_without("dm.loopmetadatasize").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.loopmetadatasize", "8M")), ErrorKind::InvalidInput);
+}
+
+/// Takes a pool on a divided device down, as a reboot does.
+fn switch_off(rig: &mut Rig) {
+    rig.close();
+    let mut devices = rig.devices();
+    // Layers first, and the pool before what it is made of.
+    devices.sort_by_key(|name| ["pool", "tdata", "tmeta"].iter().position(|part| name.ends_with(part)));
+    devices.iter().for_each(|name| drop(run(&["dmsetup", "remove", "--retry", name])));
+}
+
+#[test]
+fn a_divided_device_stays_with_its_data_root_under_any_name() {
+    needs_guest!("a_divided_device_stays_with_its_data_root_under_any_name");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let options = [
+        ("dm.directlvm_device", device.path()),
+        ("dm.directlvm_device_force", "true"),
+        ("dm.fs", "ext4"),
+        ("dm.basesize", "64M"),
+        ("dm.thinp_percent", "40"),
+    ];
+    let mut rig = Rig::on_devices(&options).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    switch_off(&mut rig);
+    let e = Rig::on_devices(&options).err().expect("it has somebody's layers on it");
+    assert!(e.to_string().contains("another data root") && e.to_string().contains("dd if=/dev/zero"), "{e}");
+    let link = dir.path().join("by-id");
+    std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    rig.reopen_with("dm.directlvm_device", link.to_str().unwrap()).unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    assert_eq!(rig.state()["storage"]["direct"]["device"], link.to_str().unwrap(), "the new name is kept");
+    assert_eq!(kind(rig.reopen_with("dm.thinp_percent", "50")), ErrorKind::InvalidInput);
+    rig.reopen_without("dm.thinp_percent").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.thinp_metapercent", "2")), ErrorKind::InvalidInput);
+    let other = common::LoopDevice::new(dir.path(), "other", 512 * MIB);
+    rig.reopen_without("dm.thinp_metapercent").unwrap();
+    assert_eq!(kind(rig.reopen_with("dm.directlvm_device", other.path())), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn two_devices_that_somebody_uses_are_refused() {
+    needs_guest!("two_devices_that_somebody_uses_are_refused");
+    let dir = tempfile::tempdir().unwrap();
+    let data = common::LoopDevice::new(dir.path(), "data", 512 * MIB);
+    let metadata = common::LoopDevice::new(dir.path(), "metadata", 8 * MIB);
+    for used in [&data, &metadata] {
+        let table = format!("0 2048 linear {} 0", used.path());
+        run(&["dmsetup", "create", "gdtest-holder", "--table", &table]);
+        let options = [("dm.datadev", data.path()), ("dm.metadatadev", metadata.path()), EXT4[0], EXT4[1]];
+        let opened = Rig::on_devices(&options).err();
+        run(&["dmsetup", "remove", "--retry", "gdtest-holder"]);
+        assert_eq!(opened.expect("it is in use").kind(), ErrorKind::Busy);
+    }
 }

@@ -89,6 +89,17 @@ impl Rig {
         self.reopen()
     }
 
+    /// Opens it without an option.
+    pub fn reopen_without(&mut self, name: &str) -> Result<()> {
+        self.options.0.retain(|(n, _)| n != name);
+        self.reopen()
+    }
+
+    /// The same pool, as another process would have it open.
+    pub fn another(&self) -> Result<DeviceMapper> {
+        DeviceMapper::open(&self.home(), &self.options)
+    }
+
     /// Changes `pool.json`, which nobody else may be using.
     pub fn edit(&self, change: impl FnOnce(&mut serde_json::Value)) -> Result<()> {
         let path = self.home().join("pool.json");
