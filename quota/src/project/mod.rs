@@ -23,7 +23,7 @@ pub use probe::probe;
 pub use tag::Tagged;
 
 use crate::{Quota, State};
-use graphdriver_core::{Context, Error, ErrorKind, Limits, Result};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result};
 use kernel::Kernel;
 use ledger::{Book, Entry, Ledger};
 use rustix::io::Errno;
@@ -123,12 +123,7 @@ impl ProjectQuota {
             self.tag(name, &dir, entry.project)?;
         }
         let found = self.kernel.get(entry.project)?;
-        let room = |limit: Option<u64>, used: u64, room: u64| limit.map(|limit| limit.max(used + room));
-        let size = room(entry.limits.size.map(|size| size.0), found.used.bytes, ROOM_BYTES);
-        let wanted = Limits {
-            size: size.map(graphdriver_core::ByteSize),
-            inodes: room(entry.limits.inodes, found.used.inodes, ROOM_INODES),
-        };
+        let wanted = with_room(entry.limits, found);
         if found.limits == wanted { Ok(()) } else { self.kernel.set(entry.project, wanted) }
     }
 
@@ -219,6 +214,28 @@ impl Quota for ProjectQuota {
     }
 }
 
+/// The limits, and on top of them for a full tree what mounting it takes.
+///
+/// A tree is given that once, however often it is filled and mounted: up to its limit and the room, or if it was limited
+/// to less than it takes, up to what it took then and the room. How far it was let go before is what the kernel enforces
+/// until now.
+fn with_room(limits: Limits, found: State) -> Limits {
+    let up_to = |limit: u64, used: u64, enforced: Option<u64>, room: u64| {
+        let enforced = enforced.unwrap_or(u64::MAX);
+        let lowered_since = used > enforced.saturating_add(room);
+        let most = if lowered_since { u64::MAX } else { enforced.max(limit.saturating_add(room)) };
+        limit.max(used.saturating_add(room).min(most))
+    };
+    let enforced = found.limits;
+    Limits {
+        size: limits
+            .size
+            .map(|ByteSize(size)| up_to(size, found.used.bytes, enforced.size.map(|size| size.0), ROOM_BYTES))
+            .map(ByteSize),
+        inodes: limits.inodes.map(|inodes| up_to(inodes, found.used.inodes, enforced.inodes, ROOM_INODES)),
+    }
+}
+
 /// Whether that can be asked for: a limit of nothing would be none to the kernel.
 fn check(name: &str, limits: Limits) -> Result<()> {
     if !ledger::is_name(name) {
@@ -234,7 +251,7 @@ pub fn check_limits(limits: Limits) -> Result<()> {
         Err(error.hint("give a larger one, or none"))
     };
     match limits {
-        Limits { size: Some(graphdriver_core::ByteSize(0)), .. } => refuse("bytes"),
+        Limits { size: Some(ByteSize(0)), .. } => refuse("bytes"),
         Limits { inodes: Some(0), .. } => refuse("inodes"),
         _ => Ok(()),
     }

@@ -390,3 +390,36 @@ fn an_unknown_project_takes_and_may_take_nothing_said() {
         assert_eq!(found, State { used: Usage::default(), limits: Limits::default() });
     });
 }
+
+#[test]
+fn the_room_of_a_full_tree_does_not_grow_with_each_mount() {
+    each("the_room_of_a_full_tree_does_not_grow_with_each_mount", |disk| {
+        let quota = disk.quota(700..=799);
+        let limits = |mib: u64, inodes| Limits { size: Some(ByteSize(mib * MIB)), inodes: Some(inodes) };
+        let fill_up = |tree: &Path, n: u32| {
+            without_privilege(|| {
+                assert!(is_full((0..99).try_for_each(|m| File::create(tree.join(format!("{n}-{m}"))).map(drop))));
+                assert!(is_full(fill(&tree.join("f"), 40 * MIB)));
+            });
+        };
+        // Full as it is, and limited to far less than it takes.
+        for (name, then) in [("full", limits(20, 30)), ("lowered", limits(5, 12))] {
+            let tree = disk.tree(name);
+            File::create(tree.join("f")).unwrap();
+            quota.set(&tree, limits(20, 30)).unwrap();
+            fill_up(&tree, 0);
+            quota.set(&tree, then).unwrap();
+            for n in 1..=5 {
+                quota.prepare(name).unwrap();
+                fill_up(&tree, n);
+            }
+            let used = quota.read(&tree).unwrap().used;
+            assert!(used.bytes <= 21 * MIB && used.inodes <= 38, "{name}: {used:?}");
+            fs::remove_dir_all(&tree).unwrap();
+            fs::create_dir(&tree).unwrap();
+            quota.prepare(name).unwrap();
+            let project = quota.project_at(&tree).unwrap().unwrap();
+            assert_eq!(quota.kernel.get(project).unwrap().limits, then, "{name}: the room is taken back");
+        }
+    });
+}
