@@ -172,7 +172,7 @@ fn files_that_are_there_already_are_counted_and_symlinks_never_followed() {
         }
         fill(&deep.join("bottom"), MIB).unwrap();
         let tagged = quota.set_at("t", &tree, size(50 * MIB)).unwrap();
-        assert_eq!(tagged, Tagged { changed: 1 + 200 + 2, left_out: 4 });
+        assert_eq!(tagged, Tagged { changed: 200 + 2, left_out: 4 });
         let used = quota.read(&tree).unwrap().used;
         assert!(used.inodes == 203 && (6 * MIB..8 * MIB).contains(&used.bytes), "{used:?}");
         assert_eq!(quota.project_at(&outside).unwrap(), None);
@@ -217,7 +217,16 @@ fn writers_do_not_escape_while_a_tree_gets_its_project() {
 fn what_a_crash_left_is_finished_or_undone() {
     each("what_a_crash_left_is_finished_or_undone", |disk| {
         let quota = disk.quota(700..=799);
-        let enter = |name: &str| quota.ledger.change(|book| quota.enter(book, name, size(20 * MIB))).unwrap();
+        // What is noted first, of which nothing is done yet.
+        let enter = |name: &str| {
+            let note = |book: &mut Book| {
+                let project = book.free(&(700..=799), |_| Ok(false))?;
+                let entry = Entry { project, limits: size(20 * MIB), ready: false };
+                book.trees.insert(name.into(), entry);
+                Ok(entry)
+            };
+            quota.ledger.change(note).unwrap()
+        };
         // Noted, and the tree never came to be.
         enter("never");
         // Noted and limited, but not in its place.
@@ -421,5 +430,88 @@ fn the_room_of_a_full_tree_does_not_grow_with_each_mount() {
             let project = quota.project_at(&tree).unwrap().unwrap();
             assert_eq!(quota.kernel.get(project).unwrap().limits, then, "{name}: the room is taken back");
         }
+    });
+}
+
+#[test]
+fn of_changes_at_once_the_kernel_has_the_one_that_is_noted() {
+    each("of_changes_at_once_the_kernel_has_the_one_that_is_noted", |disk| {
+        let tree = disk.tree("t");
+        (0..300).for_each(|n| fs::write(tree.join(n.to_string()), "").unwrap());
+        let quota = disk.quota(700..=799);
+        quota.set(&tree, size(MIB)).unwrap();
+        let project = quota.project_at(&tree).unwrap().unwrap();
+        for round in 0..30 {
+            // So that the files are looked at again, which takes each change another time.
+            let not_ready = |book: &mut Book| {
+                book.trees.get_mut("t").unwrap().ready = false;
+                Ok(())
+            };
+            quota.ledger.change(not_ready).unwrap();
+            std::thread::scope(|scope| {
+                for mib in 1..=4 {
+                    let tree = &tree;
+                    scope.spawn(move || disk.quota(700..=799).set(tree, size((round + mib) * MIB)).unwrap());
+                }
+            });
+            let (noted, enforced) = (quota.read(&tree).unwrap().limits, quota.kernel.get(project).unwrap().limits);
+            assert_eq!(noted, enforced, "round {round}");
+        }
+    });
+}
+
+#[test]
+fn a_change_that_was_interrupted_is_finished() {
+    each("a_change_that_was_interrupted_is_finished", |disk| {
+        let quota = disk.quota(700..=799);
+        let tree = disk.tree("t");
+        quota.set(&tree, size(20 * MIB)).unwrap();
+        let project = quota.project_at(&tree).unwrap().unwrap();
+        let inodes = Limits { size: None, inodes: Some(100) };
+        for noted in [size(60 * MIB), size(20 * MIB), inodes, Limits::default(), size(7 * MIB)] {
+            let enter = |book: &mut Book| {
+                book.trees.get_mut("t").unwrap().limits = noted;
+                Ok(())
+            };
+            quota.ledger.change(enter).unwrap();
+            // Killed here.
+            quota.reclaim(&|_| false).unwrap();
+            assert_eq!(quota.kernel.get(project).unwrap().limits, noted);
+        }
+        // The room that a full one has been given is no interrupted change.
+        without_privilege(|| assert!(is_full(fill(&tree.join("f"), 40 * MIB))));
+        quota.prepare("t").unwrap();
+        let with_room = quota.kernel.get(project).unwrap().limits;
+        quota.reclaim(&|_| false).unwrap();
+        assert_eq!(quota.kernel.get(project).unwrap().limits, with_room);
+    });
+}
+
+#[test]
+fn a_change_that_failed_leaves_the_limits_as_they_were() {
+    each("a_change_that_failed_leaves_the_limits_as_they_were", |disk| {
+        let quota = disk.quota(700..=799);
+        let [never, limited, gone] = ["never", "limited", "gone"].map(|name| disk.tree(name));
+        quota.set(&limited, size(20 * MIB)).unwrap();
+        let project = quota.project_at(&limited).unwrap().unwrap();
+        // The trees cannot be walked: a symlink is where a directory belongs, or nothing is there.
+        for tree in [&never, &limited] {
+            tag::tag(tree, 0).unwrap();
+            std::os::unix::fs::symlink("/", tree.join("diff")).unwrap();
+        }
+        fs::remove_dir(&gone).unwrap();
+        for (tree, was) in [(&never, Limits::default()), (&limited, size(20 * MIB)), (&gone, Limits::default())] {
+            quota.set(tree, size(30 * MIB)).unwrap_err();
+            let noted = quota.read(tree).map(|state| state.limits).unwrap_or_default();
+            assert_eq!(noted, was, "{}", tree.display());
+        }
+        assert_eq!(quota.kernel.get(project).unwrap().limits, size(20 * MIB));
+        assert!(
+            quota
+                .on_filesystem()
+                .unwrap()
+                .iter()
+                .all(|(other, state)| { *other == project || state.limits == Limits::default() })
+        );
     });
 }
