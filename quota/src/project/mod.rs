@@ -4,7 +4,7 @@
 //! that new ones take from their directory (`FS_XFLAG_PROJINHERIT`, ioctl_xfs_fsgetxattr(2)), and for which the kernel counts
 //! and limits space and inodes (quotactl(2)). Numbers come out of a range. The [ledger](mod@ledger) remembers which tree has
 //! which, so that no two get the same and none is lost in a crash. What has a count or a limit on the filesystem already, or
-//! is named in `/etc/projid` or `/etc/projects`, is nobody's to take.
+//! is named in `/etc/projid` or `/etc/projects`, is nobody's to take. Several bases on one filesystem take turns in choosing.
 //!
 //! # Traps
 //!
@@ -18,6 +18,7 @@ mod kernel;
 pub mod ledger;
 mod probe;
 mod tag;
+mod turn;
 
 pub use probe::probe;
 pub use tag::Tagged;
@@ -84,6 +85,8 @@ impl ProjectQuota {
         limits: impl FnOnce(Option<Limits>) -> Option<Limits>,
     ) -> Result<Option<Entry>> {
         let top = tag::open_dir(dir).doing(|| format!("opening {}", dir.display()))?;
+        // From the choice of a project until something is in it, which is when others see that it is taken.
+        let _turn = turn::take(&self.base)?;
         let entry = self.ledger.change(|book| {
             let noted = book.trees.get(name).copied();
             let Some(limits) = limits(noted.map(|entry| entry.limits)) else { return Ok(None) };

@@ -515,3 +515,27 @@ fn a_change_that_failed_leaves_the_limits_as_they_were() {
         );
     });
 }
+
+#[test]
+fn two_homes_on_one_filesystem_never_share_a_project() {
+    each("two_homes_on_one_filesystem_never_share_a_project", |disk| {
+        let homes = ["a", "b", "c", "d"].map(|name| disk.tree(name));
+        let open = |home: &PathBuf| ProjectQuota::open(home, 700..=723).unwrap();
+        std::thread::scope(|scope| {
+            for home in &homes {
+                scope.spawn(move || {
+                    for n in 0..5 {
+                        let tree = home.join(n.to_string());
+                        fs::create_dir(&tree).unwrap();
+                        open(home).set(&tree, size(20 * MIB)).unwrap();
+                    }
+                });
+            }
+        });
+        let books = homes.iter().map(|home| open(home).ledger.read().unwrap());
+        let mut given: Vec<u32> = books.flat_map(|book| book.trees.into_values().map(|entry| entry.project)).collect();
+        given.sort();
+        given.dedup();
+        assert_eq!(given.len(), 20, "{given:?}");
+    });
+}
