@@ -58,7 +58,7 @@ impl Disk {
     /// A directory of its own to try things out in.
     fn probe(&self) -> Result<()> {
         let scratch = tempfile::tempdir_in(self.path()).unwrap();
-        probe(scratch.path(), 700)
+        probe(scratch.path(), &(700..=799))
     }
 }
 
@@ -359,7 +359,7 @@ fn what_is_missing_is_named_with_what_brings_it() {
                 fs::create_dir(outer.join("in")).unwrap();
                 outer.join("in")
             },
-            700,
+            &(700..=799),
         )
         .unwrap_err()
         .to_string();
@@ -537,5 +537,61 @@ fn two_homes_on_one_filesystem_never_share_a_project() {
         given.sort();
         given.dedup();
         assert_eq!(given.len(), 20, "{given:?}");
+    });
+}
+
+/// The process in a user namespace, if this is it.
+#[test]
+fn the_process_in_a_user_namespace() {
+    let Ok(scratch) = std::env::var("GRAPHDRIVER_QUOTA_PROBE") else { return };
+    let e = probe(Path::new(&scratch), &(700..=799)).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+    assert!(e.to_string().contains("run as root outside of user namespaces"), "{e}");
+}
+
+#[test]
+fn in_a_user_namespace_the_advice_is_to_leave_it() {
+    each("in_a_user_namespace_the_advice_is_to_leave_it", |disk| {
+        let scratch = disk.tree("scratch");
+        let done = Command::new("unshare")
+            .args(["-U", "-r"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "project::real::the_process_in_a_user_namespace", "--nocapture"])
+            .env("GRAPHDRIVER_QUOTA_PROBE", scratch)
+            .output()
+            .unwrap();
+        let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success() && said.contains("1 passed"), "{said}");
+    });
+}
+
+#[test]
+fn a_project_that_others_took_after_a_crash_is_left_to_them() {
+    each("a_project_that_others_took_after_a_crash_is_left_to_them", |disk| {
+        let quota = disk.quota(700..=799);
+        let tree = disk.tree("t");
+        let note = |book: &mut Book| {
+            book.trees.insert("t".into(), Entry { project: 750, limits: size(20 * MIB), ready: false });
+            Ok(())
+        };
+        quota.ledger.change(note).unwrap();
+        // Killed here, before anything was put into the project.
+        quota.kernel.set(750, size(5 * MIB)).unwrap();
+        quota.reclaim(&|_| false).unwrap();
+        let own = quota.project_at(&tree).unwrap().unwrap();
+        assert_ne!(own, 750);
+        let limits = [750, own].map(|project| quota.kernel.get(project).unwrap().limits);
+        assert_eq!((limits, quota.read(&tree).unwrap().limits), ([size(5 * MIB), size(20 * MIB)], size(20 * MIB)));
+    });
+}
+
+#[test]
+fn things_are_tried_out_with_a_project_that_is_nobodys() {
+    each("things_are_tried_out_with_a_project_that_is_nobodys", |disk| {
+        let kernel = Kernel::of(&disk.path()).unwrap();
+        kernel.set(799, size(MIB)).unwrap();
+        tag::tag(&disk.tree("others"), 798).unwrap();
+        assert_eq!(probe::spare(&kernel, &(700..=799)), 797);
+        assert_eq!(probe::spare(&kernel, &(798..=799)), 799, "none is left");
     });
 }
