@@ -155,6 +155,21 @@ fn a_container_is_held_to_its_limit_and_quota_gives_it_more() {
 }
 
 #[test]
+fn changes_of_size_and_inodes_at_once_both_happen() {
+    const NAME: &str = "changes_of_size_and_inodes_at_once_both_happen";
+    let script = "
+        graphdriver create --name c demo >/dev/null
+        for n in $(seq 6); do
+            graphdriver quota c --size ${n}0M >/dev/null & graphdriver quota c --inodes ${n}00 >/dev/null & wait
+            graphdriver --format json quota c | grep -E Limit | tr -dc '0-9,'
+        done; echo";
+    each(NAME, script, |on, said| {
+        let both: String = (1..=6).map(|n| format!("{},{n}00", (n * 10) << 20)).collect();
+        assert_eq!(said.trim(), both, "{on}");
+    });
+}
+
+#[test]
 fn a_container_filled_and_mounted_again_and_again_stays_bounded() {
     const NAME: &str = "a_container_filled_and_mounted_again_and_again_stays_bounded";
     let script = "

@@ -67,6 +67,8 @@ impl Engine {
     /// Changes what the container, mounted or not, may take. What it takes already stays, also if that is more.
     pub fn change_limits(&self, container: &str, change: &LimitChange) -> Result<()> {
         let row = self.layers.store().read(|db| find::container(db, container))?;
+        // One changes the size, another the inodes: neither may put back what the other has just changed.
+        let _turn = self.layer_turn("limits.lock", row.layer, true)?;
         let now = self.layers.driver().limits(row.layer)?;
         let wanted = Limits { size: change.size.unwrap_or(now.size), inodes: change.inodes.unwrap_or(now.inodes) };
         let told = |limit: Option<u64>| limit.map_or("none".into(), |limit| limit.to_string());
