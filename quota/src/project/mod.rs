@@ -44,6 +44,9 @@ pub const RANGE: RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 const ROOM_BYTES: u64 = 1 << 20;
 const ROOM_INODES: u64 = 8;
 
+/// The largest block, to which xfs rounds limits up.
+const BLOCK: u64 = 64 << 10;
+
 /// The project quotas of the trees in one directory.
 #[derive(Debug)]
 pub struct ProjectQuota {
@@ -205,13 +208,16 @@ impl ProjectQuota {
             if gone(&name) {
                 self.forget(&name)?;
                 forgotten += 1;
-            } else if (!entry.ready || !enforces(self.kernel.get(entry.project)?, entry.limits))
-                && self.base.join(&name).is_dir()
-            {
+            } else if self.base.join(&name).is_dir() && !self.is_whole(&name, &entry)? {
                 self.mend(&name, entry, |entry| self.enforce_noted(entry))?;
             }
         }
         Ok(forgotten)
+    }
+
+    fn is_whole(&self, name: &str, entry: &Entry) -> Result<bool> {
+        let tagged = entry.ready && self.project_at(&self.base.join(name))? == Some(entry.project);
+        Ok(tagged && enforces(self.kernel.get(entry.project)?, entry.limits))
     }
 
     fn project_at(&self, dir: &Path) -> Result<Option<u32>> {
@@ -287,16 +293,17 @@ fn tag_parts(dir: &Path, project: u32) -> Result<Tagged> {
     Ok(all)
 }
 
-/// Whether the kernel enforces these limits, perhaps with [room](with_room) on top.
+/// Whether the kernel enforces these limits, for a full tree perhaps with [room](with_room) on top.
 fn enforces(found: State, limits: Limits) -> bool {
-    let enforces = |limit: Option<u64>, used: u64, enforced: Option<u64>, room: u64| match (limit, enforced) {
-        (None, None) => true,
-        (Some(limit), Some(enforced)) => (limit..=limit.max(used).saturating_add(room)).contains(&enforced),
-        _ => false,
+    let enforces = |limit: Option<u64>, used: u64, enforced: Option<u64>, room: u64, rounding: u64| {
+        let (Some(limit), Some(enforced)) = (limit, enforced) else { return limit == enforced };
+        let is_full = used.saturating_add(room) > limit;
+        let most = if is_full { limit.max(used).saturating_add(room) } else { limit.saturating_add(rounding) };
+        (limit..=most).contains(&enforced)
     };
     let bytes = |size: Option<ByteSize>| size.map(|size| size.0);
-    enforces(bytes(limits.size), found.used.bytes, bytes(found.limits.size), ROOM_BYTES)
-        && enforces(limits.inodes, found.used.inodes, found.limits.inodes, ROOM_INODES)
+    enforces(bytes(limits.size), found.used.bytes, bytes(found.limits.size), ROOM_BYTES, BLOCK)
+        && enforces(limits.inodes, found.used.inodes, found.limits.inodes, ROOM_INODES, 0)
 }
 
 /// The limits, and on top of them for a full tree what mounting it takes.

@@ -595,3 +595,82 @@ fn things_are_tried_out_with_a_project_that_is_nobodys() {
         assert_eq!(probe::spare(&kernel, &(798..=799)), 799, "none is left");
     });
 }
+
+/// The process that is killed, if this is it: it limits trees, changes that, and removes them, until the end comes.
+#[test]
+fn the_process_that_is_killed() {
+    let Ok(told) = std::env::var("GRAPHDRIVER_QUOTA_KILLED") else { return };
+    let (seed, base) = told.split_once(' ').unwrap();
+    let (mut random, base) = (seed.parse::<u64>().unwrap(), Path::new(base));
+    let quota = ProjectQuota::open(base, 700..=799).unwrap();
+    let mut below = |n: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % n
+    };
+    loop {
+        let name = format!("t{}", below(4));
+        let tree = base.join(&name);
+        match (below(4), tree.exists()) {
+            (_, false) => {
+                fs::create_dir_all(tree.join("diff/d")).unwrap();
+                (0..30).for_each(|n| fs::write(tree.join(format!("diff/d/{n}")), "x").unwrap());
+            }
+            (0, true) => {
+                fs::remove_dir_all(&tree).unwrap();
+                quota.forget(&name).unwrap();
+            }
+            (1, true) => quota.prepare(&name).unwrap(),
+            (_, true) => quota.set(&tree, size((10 + below(50)) * MIB)).unwrap(),
+        }
+    }
+}
+
+/// Whether the ledger, the kernel's limits and the tags of files say the same of all trees, and nothing else has a project.
+fn agree(quota: &ProjectQuota, base: &Path) {
+    let trees = quota.ledger.read().unwrap().trees;
+    for (name, entry) in &trees {
+        let tree = base.join(name);
+        assert!(entry.ready, "{name} {entry:?}");
+        assert_eq!(tag::tag(&tree, entry.project).unwrap(), Tagged::default(), "{name} {entry:?}");
+        assert_eq!(quota.kernel.get(entry.project).unwrap().limits, entry.limits, "{name} {entry:?}");
+    }
+    for dir in fs::read_dir(base).unwrap().flatten().filter(|entry| entry.file_type().unwrap().is_dir()) {
+        let noted = trees.get(dir.file_name().to_str().unwrap()).map(|entry| entry.project);
+        assert_eq!(quota.project_at(&dir.path()).unwrap(), noted, "{dir:?}");
+    }
+    let noted: HashSet<u32> = trees.values().map(|entry| entry.project).collect();
+    let others = || quota.on_filesystem().unwrap().into_iter().filter(|(project, _)| !noted.contains(project));
+    // xfs frees what was removed in the background.
+    let freed = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        others().next().is_none()
+    });
+    assert!(freed, "nobody's: {:?}", others().collect::<Vec<_>>());
+}
+
+#[test]
+fn a_killed_process_leaves_ledger_kernel_and_tags_that_can_be_made_to_agree() {
+    each("a_killed_process_leaves_ledger_kernel_and_tags_that_can_be_made_to_agree", |disk| {
+        let (base, mut interrupted) = (disk.path(), 0);
+        for round in 0..20u64 {
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "project::real::the_process_that_is_killed", "--nocapture"])
+                .env("GRAPHDRIVER_QUOTA_KILLED", format!("{round} {}", base.display()))
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(400 + round * 137 % 500));
+            assert_eq!(child.try_wait().unwrap(), None, "it failed by itself");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let quota = disk.quota(700..=799);
+            let before = quota.ledger.read().unwrap();
+            quota.reclaim(&|name| !base.join(name).exists()).unwrap();
+            interrupted += u32::from(quota.ledger.read().unwrap() != before);
+            agree(&quota, &base);
+        }
+        let given = disk.quota(700..=799).ledger.read().unwrap().next;
+        println!("{interrupted} of 20 kills left something to do, and the next project is {given}");
+        assert_ne!(given, 0, "something was limited");
+    });
+}
