@@ -155,6 +155,63 @@ fn a_container_is_held_to_its_limit_and_quota_gives_it_more() {
 }
 
 #[test]
+fn changes_of_size_and_inodes_at_once_both_happen() {
+    const NAME: &str = "changes_of_size_and_inodes_at_once_both_happen";
+    let script = "
+        graphdriver create --name c demo >/dev/null
+        for n in $(seq 6); do
+            graphdriver quota c --size ${n}0M >/dev/null & graphdriver quota c --inodes ${n}00 >/dev/null & wait
+            graphdriver --format json quota c | grep -E Limit | tr -dc '0-9,'
+        done; echo";
+    each(NAME, script, |on, said| {
+        let both: String = (1..=6).map(|n| format!("{},{n}00", (n * 10) << 20)).collect();
+        assert_eq!(said.trim(), both, "{on}");
+    });
+}
+
+#[test]
+fn a_container_filled_and_mounted_again_and_again_stays_bounded() {
+    const NAME: &str = "a_container_filled_and_mounted_again_and_again_stays_bounded";
+    let script = "
+        graphdriver create --name c --storage-opt size=20M demo >/dev/null
+        for n in $(seq 5); do
+            graphdriver mount c m >/dev/null 2>&1 || continue
+            ! dd if=/dev/zero of=m/big$n bs=64k count=400 2>/dev/null || echo unbounded
+            graphdriver umount c
+        done
+        graphdriver quota c --size 30M >/dev/null
+        graphdriver mount c m >/dev/null
+        rm m/big1; echo >m/small
+        graphdriver umount c
+        du -sm $D/[0-9]*/diff | sort -n | tail -1 | cut -f1";
+    each(NAME, script, |on, said| {
+        assert!(said.trim().parse::<u32>().is_ok_and(|mib| mib <= 21), "{on}: {said}");
+    });
+}
+
+#[test]
+fn containers_that_go_or_are_damaged_do_not_keep_the_others_from_being_listed() {
+    const NAME: &str = "containers_that_go_or_are_damaged_do_not_keep_the_others_from_being_listed";
+    if skipped(NAME, no_root()) {
+        return;
+    }
+    let home = Home::with_container();
+    // The newest comes first, and counting its files takes until the others are gone.
+    home.ok("mkdir m; for n in 1 2 3 4 large; do graphdriver create --name x$n demo; done >/dev/null
+        graphdriver mount xlarge m >/dev/null; (cd m; seq 20000 | xargs touch); graphdriver umount xlarge
+        for n in 1 2 3 4; do
+            graphdriver quota >/dev/null & sleep 0.0$n; graphdriver rm x$n >/dev/null; wait $!
+        done");
+    home.ok("graphdriver create --name damaged demo; graphdriver create --name last demo
+        rm -r root/overlay2/data/$(ls root/overlay2/data | grep -xE '[0-9]+' | sort -n | tail -2 | head -1)");
+    for format in ["table", "json"] {
+        let listed = home.fails(3, &format!("graphdriver --format {format} quota"), &["container damaged"]);
+        assert!(listed.contains("last") && listed.contains('c') && !listed.contains("damaged"), "{listed}");
+    }
+    home.fails(3, "graphdriver quota damaged", &["container damaged"]);
+}
+
+#[test]
 fn the_default_size_is_for_containers_and_what_is_removed_leaves_nothing() {
     const NAME: &str = "the_default_size_is_for_containers_and_what_is_removed_leaves_nothing";
     let script = "

@@ -172,7 +172,7 @@ impl LayerQuota {
 /// Whether limits would be enforced where `scratch` is. See [`project::probe`].
 pub fn probe(scratch: &Path, wishes: &Wishes) -> Result<()> {
     let dir = tempfile::Builder::new().prefix("quota-").tempdir_in(scratch);
-    project::probe(dir.doing(|| "making a directory to try out quotas")?.path(), *wishes.projects.end())
+    project::probe(dir.doing(|| "making a directory to try out quotas")?.path(), &wishes.projects)
 }
 
 fn unmet(e: &Error) -> Unmet {

@@ -133,14 +133,17 @@ fn stop_on_signals(cancel: &Cancel) -> Result<()> {
 }
 
 /// Runs `each` for every argument, so that one failure does not keep the others from being done. The first error counts.
-fn for_all<T: std::fmt::Display>(items: &[T], mut each: impl FnMut(&T) -> Result<()>) -> Result<()> {
+fn for_all<T: std::fmt::Display>(items: &[T], each: impl FnMut(&T) -> Result<()>) -> Result<()> {
+    all(items.iter().map(each))
+}
+
+/// Takes every outcome. The first error counts, and the others are told at once.
+fn all(outcomes: impl IntoIterator<Item = Result<()>>) -> Result<()> {
     let mut first = None::<Error>;
-    for item in items {
-        if let Err(e) = each(item) {
-            match &first {
-                None => first = Some(e),
-                Some(_) => eprintln!("graphdriver: {e}"),
-            }
+    for e in outcomes.into_iter().filter_map(Result::err) {
+        match &first {
+            None => first = Some(e),
+            Some(_) => eprintln!("graphdriver: {e}"),
         }
     }
     first.map_or(Ok(()), Err)

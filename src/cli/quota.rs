@@ -1,6 +1,6 @@
 //! The command about limits.
 
-use super::{args::QuotaArgs, for_all, output::Output};
+use super::{all, args::QuotaArgs, for_all, output::Output};
 use graphdriver::{Engine, LimitChange};
 use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Result};
 
@@ -12,8 +12,10 @@ pub(crate) fn quota(engine: &Engine, out: &Output, args: &QuotaArgs) -> Result<(
     if change != LimitChange::default() {
         for_all(&args.containers, |container| engine.change_limits(container, &change))?;
     }
+    let mut listed = Vec::new();
+    let told = all(engine.quotas(&args.containers)?.into_iter().map(|line| line.map(|line| listed.push(line))));
     let header = ["CONTAINER ID", "NAME", "SIZE", "SIZE LIMIT", "INODES", "INODE LIMIT"];
-    out.list(&header, &engine.quotas(&args.containers)?, |line| {
+    out.list(&header, &listed, |line| {
         let none = || "none".to_owned();
         vec![
             line.id[..12].into(),
@@ -23,7 +25,8 @@ pub(crate) fn quota(engine: &Engine, out: &Output, args: &QuotaArgs) -> Result<(
             line.inodes.to_string(),
             line.inode_limit.map_or_else(none, |inodes| inodes.to_string()),
         ]
-    })
+    })?;
+    told
 }
 
 /// A size, or `none`.

@@ -116,11 +116,18 @@ impl Engine {
         Ok(lock)
     }
 
-    /// The right to make a writable mount of the layer: two overlays on one upper directory are undefined behaviour. One
-    /// byte of a file stands for each layer (fcntl(2), "Open file description locks"); a killed process gives it back.
+    /// The right to make a writable mount of the layer: two overlays on one upper directory are undefined behaviour.
     pub(super) fn writer_turn(&self, layer: LayerId, wait: bool) -> Result<File> {
+        self.layer_turn("writers.lock", layer, wait)?.ok_or_else(|| {
+            Error::new(ErrorKind::Busy, "files are just being copied into it").hint("try again afterwards")
+        })
+    }
+
+    /// A lock on the layer, None if it is somebody else's and not to be waited for. One byte of the file stands for each layer
+    /// (fcntl(2), "Open file description locks"); a killed process gives it back.
+    pub(super) fn layer_turn(&self, name: &str, layer: LayerId, wait: bool) -> Result<Option<File>> {
         use nix::{fcntl::FcntlArg, libc};
-        let path = self.layers.dir().join("writers.lock");
+        let path = self.layers.dir().join(name);
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.doing(|| format!("opening {}", path.display()))?;
         let byte = libc::flock {
@@ -132,10 +139,8 @@ impl Engine {
         };
         let how = if wait { FcntlArg::F_OFD_SETLKW(&byte) } else { FcntlArg::F_OFD_SETLK(&byte) };
         match nix::fcntl::fcntl(&file, how) {
-            Ok(_) => Ok(file),
-            Err(nix::Error::EAGAIN | nix::Error::EACCES) => {
-                Err(Error::new(ErrorKind::Busy, "files are just being copied into it").hint("try again afterwards"))
-            }
+            Ok(_) => Ok(Some(file)),
+            Err(nix::Error::EAGAIN | nix::Error::EACCES) => Ok(None),
             Err(e) => Err(std::io::Error::from(e)).doing(|| format!("locking {}", path.display())),
         }
     }

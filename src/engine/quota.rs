@@ -1,7 +1,7 @@
 //! What containers may take, and changing that.
 
 use super::{Engine, events, find};
-use graphdriver_core::{ByteSize, Context, Limits, Result};
+use graphdriver_core::{ByteSize, Context, ErrorKind, Limits, Result};
 use serde::Serialize;
 
 /// One line of `graphdriver quota`.
@@ -33,29 +33,42 @@ pub struct LimitChange {
 }
 
 impl Engine {
-    /// What these containers take and may take; all of them, the newest first, if none is named.
-    pub fn quotas(&self, containers: &[String]) -> Result<Vec<QuotaSummary>> {
+    /// What these containers take and may take; all of them, the newest first, if none is named. One that cannot be told of
+    /// has its error; of all, those that are removed meanwhile are left out.
+    pub fn quotas(&self, containers: &[String]) -> Result<Vec<Result<QuotaSummary>>> {
         let rows = self.layers.store().read(|db| match containers {
             [] => find::containers(db),
             named => named.iter().map(|what| find::container(db, what)).collect(),
         })?;
-        let summary = |row: find::ContainerRow| {
-            let (used, limits) = (self.layers.usage(row.layer)?, self.layers.driver().limits(row.layer)?);
-            Ok(QuotaSummary {
-                id: row.id,
-                name: row.name,
-                size: used.bytes,
-                size_limit: limits.size.map(|size| size.0),
-                inodes: used.inodes,
-                inode_limit: limits.inodes,
-            })
-        };
-        rows.into_iter().map(summary).collect()
+        let told = rows.into_iter().filter_map(|row| {
+            let summary = self.quota_of(&row).doing(|| format!("looking at container {}", row.name));
+            let is_gone = || {
+                let found = self.layers.store().read(|db| find::container(db, &row.id));
+                found.is_err_and(|e| e.kind() == ErrorKind::NotFound)
+            };
+            let left_out = summary.is_err() && containers.is_empty() && is_gone();
+            (!left_out).then_some(summary)
+        });
+        Ok(told.collect())
+    }
+
+    fn quota_of(&self, row: &find::ContainerRow) -> Result<QuotaSummary> {
+        let (used, limits) = (self.layers.usage(row.layer)?, self.layers.driver().limits(row.layer)?);
+        Ok(QuotaSummary {
+            id: row.id.clone(),
+            name: row.name.clone(),
+            size: used.bytes,
+            size_limit: limits.size.map(|size| size.0),
+            inodes: used.inodes,
+            inode_limit: limits.inodes,
+        })
     }
 
     /// Changes what the container, mounted or not, may take. What it takes already stays, also if that is more.
     pub fn change_limits(&self, container: &str, change: &LimitChange) -> Result<()> {
         let row = self.layers.store().read(|db| find::container(db, container))?;
+        // One changes the size, another the inodes: neither may put back what the other has just changed.
+        let _turn = self.layer_turn("limits.lock", row.layer, true)?;
         let now = self.layers.driver().limits(row.layer)?;
         let wanted = Limits { size: change.size.unwrap_or(now.size), inodes: change.inodes.unwrap_or(now.inodes) };
         let told = |limit: Option<u64>| limit.map_or("none".into(), |limit| limit.to_string());

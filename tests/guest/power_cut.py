@@ -39,6 +39,8 @@ class Row:
     # Prints the numbers of the layers that the storage holds.
     objects: str = "ls $store/data | grep -xE '[0-9]+'"
     options: str = ""
+    # The size of each container, where its limit is a project quota.
+    limit: str = ""
 
 
 # By the pool's own list, with the layers' numbers where pool.json says whose they are.
@@ -57,6 +59,9 @@ dmsetup message $pool 0 release_metadata_snap
 ROWS = {
     "overlay2-ext4": Row("overlay2", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data"),
     "overlay2-xfs": Row("overlay2", "mkfs.xfs -q -f $disk", "mount $disk /data"),
+    "overlay2-prjquota": Row("overlay2", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1,quotatype=prjquota -O project,quota $disk",
+                             "mount -o prjquota $disk /data", limit="64M"),
+    "overlay2-pquota": Row("overlay2", "mkfs.xfs -q -f $disk", "mount -o pquota $disk /data", limit="64M"),
     "vfs-fuse": Row("vfs-fuse", "mkfs.ext4 -q -F -E lazy_itable_init=0,assume_storage_prezeroed=1 $disk", "mount $disk /data"),
     "btrfs": Row("btrfs", "mkfs.btrfs -q -f $disk", "mount $disk /data", objects="ls $store/data/layers 2>/dev/null"),
     "zfs": Row("zfs", "zpool create -f -O mountpoint=none tank $disk && zfs create -o mountpoint=/data tank/data && zpool export tank",
@@ -164,7 +169,7 @@ class Round:
 def job(path, row, programs, directory, expected, **variables):
     lines = "".join(f"{state} {kind} {name} {identity}\n" for (kind, name), (state, identity) in expected.items())
     (directory / "expected").write_text(lines)
-    variables |= {"DRIVER": row.driver, "OPTIONS": row.options, "MAKE": row.make, "OPEN": row.open, "OBJECTS": row.objects,
+    variables |= {"DRIVER": row.driver, "OPTIONS": row.options, "MAKE": row.make, "OPEN": row.open, "OBJECTS": row.objects, "LIMIT": row.limit,
                   "PROGRAMS": str(programs[0].parent)}
     exports = "".join(f"export {name}={shlex.quote(str(value))}\n" for name, value in variables.items())
     sent = [(program, program) for program in programs] + [(directory / "expected", "/job/expected")]

@@ -4,7 +4,7 @@
 //! that new ones take from their directory (`FS_XFLAG_PROJINHERIT`, ioctl_xfs_fsgetxattr(2)), and for which the kernel counts
 //! and limits space and inodes (quotactl(2)). Numbers come out of a range. The [ledger](mod@ledger) remembers which tree has
 //! which, so that no two get the same and none is lost in a crash. What has a count or a limit on the filesystem already, or
-//! is named in `/etc/projid` or `/etc/projects`, is nobody's to take.
+//! is named in `/etc/projid` or `/etc/projects`, is nobody's to take. Several bases on one filesystem take turns in choosing.
 //!
 //! # Traps
 //!
@@ -18,19 +18,20 @@ mod kernel;
 pub mod ledger;
 mod probe;
 mod tag;
+mod turn;
 
 pub use probe::probe;
 pub use tag::Tagged;
 
 use crate::{Quota, State};
-use graphdriver_core::{Context, Error, ErrorKind, Limits, Result};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result};
 use kernel::Kernel;
 use ledger::{Book, Entry, Ledger};
 use rustix::io::Errno;
 use std::{
     collections::HashSet,
     ops::RangeInclusive,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -42,6 +43,9 @@ pub const RANGE: RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 /// transaction might take.
 const ROOM_BYTES: u64 = 1 << 20;
 const ROOM_INODES: u64 = 8;
+
+/// The largest block, to which xfs rounds limits up.
+const BLOCK: u64 = 64 << 10;
 
 /// The project quotas of the trees in one directory.
 #[derive(Debug)]
@@ -59,33 +63,63 @@ impl ProjectQuota {
     }
 
     /// Limits the tree `name`, which lies at `dir` for the moment, perhaps not in its place yet. Files that are there already
-    /// are counted too.
+    /// are counted too. If it fails, the limits are what they were. Of changes at once one wins, whole.
     pub fn set_at(&self, name: &str, dir: &Path, limits: Limits) -> Result<Tagged> {
         check(name, limits)?;
-        let entry = self.ledger.change(|book| self.enter(book, name, limits))?;
-        let tagged = match entry.ready && self.project_at(dir)? == Some(entry.project) {
-            true => Tagged::default(),
-            false => self.tag(name, dir, entry.project)?,
-        };
-        self.kernel.set(entry.project, limits)?;
-        Ok(tagged)
+        let mut before = None;
+        let entered = self.enter(name, dir, |noted| {
+            before = Some(noted.unwrap_or_default());
+            Some(limits)
+        });
+        let exactly = |entry: &Entry| self.kernel.set(entry.project, entry.limits);
+        let set = entered.and_then(|entry| entry.map_or(Ok(Tagged::default()), |e| self.finish(name, dir, e, exactly)));
+        if let (Err(_), Some(before)) = (&set, before) {
+            self.put_back(name, limits, before);
+        }
+        set
     }
 
-    /// Notes what is about to be done.
-    fn enter(&self, book: &mut Book, name: &str, limits: Limits) -> Result<Entry> {
-        let entry = match book.trees.get(name) {
-            Some(entry) => Entry { limits, ..*entry },
-            None => {
-                if book.next == 0 {
-                    book.next = self.anywhere()?;
-                }
-                let named = named_elsewhere();
-                let taken = |project| Ok(named.contains(&project) || self.kernel.get(project)? != State::default());
-                Entry { project: book.free(&self.range, taken)?, limits, ready: false }
-            }
-        };
-        book.trees.insert(name.into(), entry);
+    /// Notes the limits of the tree at `dir`, which `limits` gives if it is told those that are noted, and puts `dir` itself
+    /// into the tree's project. Nothing is done if it gives none. The entry is ready if all in the tree has the project.
+    fn enter(
+        &self,
+        name: &str,
+        dir: &Path,
+        limits: impl FnOnce(Option<Limits>) -> Option<Limits>,
+    ) -> Result<Option<Entry>> {
+        let top = tag::open_dir(dir).doing(|| format!("opening {}", dir.display()))?;
+        // From the choice of a project until something is in it, which is when others see that it is taken.
+        let _turn = turn::take(&self.base)?;
+        let entry = self.ledger.change(|book| {
+            let noted = book.trees.get(name).copied();
+            let Some(limits) = limits(noted.map(|entry| entry.limits)) else { return Ok(None) };
+            let entry = Entry { limits, ..self.project_for(book, noted, top.as_fd())? };
+            book.trees.insert(name.into(), entry);
+            Ok(Some(entry))
+        })?;
+        if let Some(entry) = entry {
+            tag::tag_dir(top.as_fd(), entry.project)
+                .doing(|| format!("putting {} into project {}", dir.display(), entry.project))?;
+        }
         Ok(entry)
+    }
+
+    /// The entry of a tree with its project: the one that is noted, or a new one.
+    fn project_for(&self, book: &mut Book, noted: Option<Entry>, top: BorrowedFd<'_>) -> Result<Entry> {
+        match noted {
+            Some(entry) if tag::project_of(top)? == Some(entry.project) => return Ok(entry),
+            // A container may have taken its files out of the project.
+            Some(entry) if entry.ready => return Ok(Entry { ready: false, ..entry }),
+            Some(entry) if self.kernel.get(entry.project)? == State::default() => return Ok(entry),
+            // Killed before anything was put into the project, which others have chosen since.
+            Some(_) | None => {}
+        }
+        if book.next == 0 {
+            book.next = self.anywhere()?;
+        }
+        let named = named_elsewhere();
+        let taken = |project| Ok(named.contains(&project) || self.kernel.get(project)? != State::default());
+        Ok(Entry { project: book.free(&self.range, taken)?, limits: Limits::default(), ready: false })
     }
 
     /// Where to begin in the range: elsewhere in each base, so that two on one filesystem stay out of each other's way.
@@ -96,49 +130,73 @@ impl ProjectQuota {
         Ok(self.range.start() + (u64::from_ne_bytes(random) % width) as u32)
     }
 
-    /// Gives all that is there the project, then notes that it has it.
-    fn tag(&self, name: &str, dir: &Path, project: u32) -> Result<Tagged> {
-        // Overlayfs makes files in the work directory and renames them into others, which must not be in the project first.
-        let parts = ["work", "diff", ""].map(|part| dir.join(part));
-        let mut all = Tagged::default();
-        for part in parts.iter().filter(|part| part.is_dir()) {
-            let tagged = tag::tag(part, project)?;
-            all = Tagged { changed: all.changed + tagged.changed, left_out: tagged.left_out };
-        }
-        self.ledger.change(|book| {
-            if let Some(entry) = book.trees.get_mut(name) {
+    /// Gives all that is in the tree the project, notes that it has it, and has the kernel enforce what is noted by then,
+    /// which somebody else may have changed meanwhile.
+    fn finish(
+        &self,
+        name: &str,
+        dir: &Path,
+        entered: Entry,
+        enforce: impl FnOnce(&Entry) -> Result<()>,
+    ) -> Result<Tagged> {
+        let tagged = if entered.ready { Tagged::default() } else { tag_parts(dir, entered.project)? };
+        self.ledger.change(|book| match book.trees.get_mut(name) {
+            Some(entry) if entry.project == entered.project => {
                 entry.ready = true;
+                enforce(entry)
             }
-            Ok(())
+            _ => Ok(()),
         })?;
-        Ok(all)
+        Ok(tagged)
+    }
+
+    /// After a change that failed: the limits from before it are noted and enforced, unless somebody else has changed them.
+    fn put_back(&self, name: &str, failed: Limits, before: Limits) {
+        let put_back = self.ledger.change(|book| match book.trees.get_mut(name) {
+            Some(entry) if entry.limits == failed => {
+                entry.limits = before;
+                self.enforce_noted(entry)
+            }
+            _ => Ok(()),
+        });
+        if let Err(e) = put_back {
+            tracing::warn!("putting back the limits of {}: {e}", self.base.join(name).display());
+        }
+    }
+
+    /// Has the kernel enforce what is noted, if it does not. The room that a full tree has been given is left to it.
+    fn enforce_noted(&self, entry: &Entry) -> Result<()> {
+        let found = self.kernel.get(entry.project)?;
+        if enforces(found, entry.limits) { Ok(()) } else { self.kernel.set(entry.project, entry.limits) }
     }
 
     /// Before the tree in its place is shown for writing: finishes what a crash has interrupted, and leaves room in a full
     /// one for what mounting it takes.
     pub fn prepare(&self, name: &str) -> Result<()> {
         let Some(entry) = self.ledger.read()?.trees.get(name).copied() else { return Ok(()) };
+        self.mend(name, entry, |entry| {
+            let found = self.kernel.get(entry.project)?;
+            let wanted = with_room(entry.limits, found);
+            if found.limits == wanted { Ok(()) } else { self.kernel.set(entry.project, wanted) }
+        })
+    }
+
+    /// Sees to it that the tree in its place is in the project, and enforces.
+    fn mend(&self, name: &str, entry: Entry, enforce: impl FnOnce(&Entry) -> Result<()>) -> Result<()> {
         let dir = self.base.join(name);
-        if !entry.ready || self.project_at(&dir)? != Some(entry.project) {
-            self.tag(name, &dir, entry.project)?;
-        }
-        let found = self.kernel.get(entry.project)?;
-        let room = |limit: Option<u64>, used: u64, room: u64| limit.map(|limit| limit.max(used + room));
-        let size = room(entry.limits.size.map(|size| size.0), found.used.bytes, ROOM_BYTES);
-        let wanted = Limits {
-            size: size.map(graphdriver_core::ByteSize),
-            inodes: room(entry.limits.inodes, found.used.inodes, ROOM_INODES),
-        };
-        if found.limits == wanted { Ok(()) } else { self.kernel.set(entry.project, wanted) }
+        let whole = entry.ready && self.project_at(&dir)? == Some(entry.project);
+        let entered = if whole { Some(entry) } else { self.enter(name, &dir, |noted| noted)? };
+        entered.map_or(Ok(()), |entry| self.finish(name, &dir, entry, enforce).map(drop))
     }
 
     /// The tree is gone, or never came to be: nothing is left of it here. Unknown, it is no error.
     pub fn forget(&self, name: &str) -> Result<()> {
-        let Some(entry) = self.ledger.read()?.trees.get(name).copied() else { return Ok(()) };
-        self.kernel.set(entry.project, Limits::default())?;
-        self.ledger.change(|book| {
-            book.trees.remove(name);
-            Ok(())
+        if !self.ledger.read()?.trees.contains_key(name) {
+            return Ok(());
+        }
+        self.ledger.change(|book| match book.trees.remove(name) {
+            Some(entry) => self.kernel.set(entry.project, Limits::default()),
+            None => Ok(()),
         })
     }
 
@@ -147,15 +205,19 @@ impl ProjectQuota {
     pub fn reclaim(&self, gone: &dyn Fn(&str) -> bool) -> Result<u64> {
         let mut forgotten = 0;
         for (name, entry) in self.ledger.read()?.trees {
-            let dir = self.base.join(&name);
             if gone(&name) {
                 self.forget(&name)?;
                 forgotten += 1;
-            } else if !entry.ready && dir.is_dir() {
-                self.tag(&name, &dir, entry.project)?;
+            } else if self.base.join(&name).is_dir() && !self.is_whole(&name, &entry)? {
+                self.mend(&name, entry, |entry| self.enforce_noted(entry))?;
             }
         }
         Ok(forgotten)
+    }
+
+    fn is_whole(&self, name: &str, entry: &Entry) -> Result<bool> {
+        let tagged = entry.ready && self.project_at(&self.base.join(name))? == Some(entry.project);
+        Ok(tagged && enforces(self.kernel.get(entry.project)?, entry.limits))
     }
 
     fn project_at(&self, dir: &Path) -> Result<Option<u32>> {
@@ -219,6 +281,53 @@ impl Quota for ProjectQuota {
     }
 }
 
+/// Puts a tree of layers into the project, all but its top, which is there.
+fn tag_parts(dir: &Path, project: u32) -> Result<Tagged> {
+    // Overlayfs makes files in the work directory and renames them into others, which must not be in the project first.
+    let parts = ["work", "diff", ""].map(|part| dir.join(part));
+    let mut all = Tagged::default();
+    for part in parts.iter().filter(|part| part.is_dir()) {
+        let tagged = tag::tag(part, project)?;
+        all = Tagged { changed: all.changed + tagged.changed, left_out: tagged.left_out };
+    }
+    Ok(all)
+}
+
+/// Whether the kernel enforces these limits, for a full tree perhaps with [room](with_room) on top.
+fn enforces(found: State, limits: Limits) -> bool {
+    let enforces = |limit: Option<u64>, used: u64, enforced: Option<u64>, room: u64, rounding: u64| {
+        let (Some(limit), Some(enforced)) = (limit, enforced) else { return limit == enforced };
+        let is_full = used.saturating_add(room) > limit;
+        let most = if is_full { limit.max(used).saturating_add(room) } else { limit.saturating_add(rounding) };
+        (limit..=most).contains(&enforced)
+    };
+    let bytes = |size: Option<ByteSize>| size.map(|size| size.0);
+    enforces(bytes(limits.size), found.used.bytes, bytes(found.limits.size), ROOM_BYTES, BLOCK)
+        && enforces(limits.inodes, found.used.inodes, found.limits.inodes, ROOM_INODES, 0)
+}
+
+/// The limits, and on top of them for a full tree what mounting it takes.
+///
+/// A tree is given that once, however often it is filled and mounted: up to its limit and the room, or if it was limited
+/// to less than it takes, up to what it took then and the room. How far it was let go before is what the kernel enforces
+/// until now.
+fn with_room(limits: Limits, found: State) -> Limits {
+    let up_to = |limit: u64, used: u64, enforced: Option<u64>, room: u64| {
+        let enforced = enforced.unwrap_or(u64::MAX);
+        let lowered_since = used > enforced.saturating_add(room);
+        let most = if lowered_since { u64::MAX } else { enforced.max(limit.saturating_add(room)) };
+        limit.max(used.saturating_add(room).min(most))
+    };
+    let enforced = found.limits;
+    Limits {
+        size: limits
+            .size
+            .map(|ByteSize(size)| up_to(size, found.used.bytes, enforced.size.map(|size| size.0), ROOM_BYTES))
+            .map(ByteSize),
+        inodes: limits.inodes.map(|inodes| up_to(inodes, found.used.inodes, enforced.inodes, ROOM_INODES)),
+    }
+}
+
 /// Whether that can be asked for: a limit of nothing would be none to the kernel.
 fn check(name: &str, limits: Limits) -> Result<()> {
     if !ledger::is_name(name) {
@@ -234,7 +343,7 @@ pub fn check_limits(limits: Limits) -> Result<()> {
         Err(error.hint("give a larger one, or none"))
     };
     match limits {
-        Limits { size: Some(graphdriver_core::ByteSize(0)), .. } => refuse("bytes"),
+        Limits { size: Some(ByteSize(0)), .. } => refuse("bytes"),
         Limits { inodes: Some(0), .. } => refuse("inodes"),
         _ => Ok(()),
     }

@@ -2,14 +2,15 @@
 
 use super::{
     kernel::{Activity, Kernel},
-    tag,
+    named_elsewhere, tag,
 };
+use crate::State;
 use graphdriver_core::{Context, Error, ErrorKind, Result, mount};
 use rustix::{
     fs::{self, AtFlags, CWD, StatxFlags},
     io::Errno,
 };
-use std::{os::fd::AsFd, path::Path};
+use std::{ops::RangeInclusive, os::fd::AsFd, path::Path};
 
 /// What is to be said of the filesystem that the directory is on.
 struct Filesystem {
@@ -62,9 +63,15 @@ pub(super) fn fstype(dir: &Path) -> String {
     Filesystem::of(dir).expect("it is mounted").fstype
 }
 
-/// Tries it out with `scratch`, an empty directory of the caller's own on that filesystem, which is put into `project` and
-/// out of it again. Fails with `Unsupported`, and says what exactly is missing and what brings it.
-pub fn probe(scratch: &Path, project: u32) -> Result<()> {
+/// How many numbers are looked at to find one for the trial, which takes no harm from a project that somebody has.
+const TRIED: usize = 1000;
+
+/// The kernel gives projects, and tells of their quotas, to none but the administrator.
+const PRIVILEGE: &str = "run as root outside of user namespaces, with CAP_SYS_ADMIN";
+
+/// Tries it out with `scratch`, an empty directory of the caller's own on that filesystem, which is put into a project of
+/// the range and out of it again. Fails with `Unsupported`, and says what exactly is missing and what brings it.
+pub fn probe(scratch: &Path, range: &RangeInclusive<u32>) -> Result<()> {
     let place = Filesystem::of(scratch)?;
     match place.fstype.as_str() {
         "xfs" | "ext4" => {}
@@ -81,9 +88,14 @@ pub fn probe(scratch: &Path, project: u32) -> Result<()> {
         let why = format!("its directories belong to project {outer} already, and projects do not nest");
         return place.refuse(&why, "use a data root outside that project (lsattr -pd shows it)".into());
     }
+    let project = spare(&kernel, range);
     match tag::tag_dir(dir.as_fd(), project) {
+        // fileattr_set_prepare of the kernel, before it looks at the filesystem.
+        Err(Errno::INVAL) if activity != Activity::Off => {
+            return place.refuse("the kernel lets no projects be given in a user namespace", PRIVILEGE.into());
+        }
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) if place.fstype == "ext4" => return place.ext4_feature(),
-        tagged => tagged.doing(|| "giving a directory a project").hint(|| "run as root outside of user namespaces")?,
+        tagged => tagged.doing(|| "giving a directory a project").hint(|| PRIVILEGE)?,
     };
     tag::tag_dir(dir.as_fd(), 0).doing(|| "taking a directory out of a project")?;
     match (activity, place.fstype.as_str()) {
@@ -95,9 +107,16 @@ pub fn probe(scratch: &Path, project: u32) -> Result<()> {
         (Activity::Counts, _) => return place.refuse("it is mounted with pqnoenforce", place.mount_option("pquota")),
         _ => return place.refuse("it is mounted without pquota", place.mount_option("pquota")),
     }
-    // The kernel tells quotas of projects to none but the administrator.
-    let privilege = || "run as root outside of user namespaces, with CAP_SYS_ADMIN";
-    kernel.get(project).map(drop).hint(privilege)
+    kernel.get(project).map(drop).hint(|| PRIVILEGE)
+}
+
+/// A project to try things out with for a moment: the last that is nobody's, far from where new ones are looked for. The last
+/// of all where none is left, or where the kernel does not tell.
+pub(super) fn spare(kernel: &Kernel, range: &RangeInclusive<u32>) -> u32 {
+    let named = named_elsewhere();
+    let is_free =
+        |project: &u32| !named.contains(project) && matches!(kernel.get(*project), Ok(s) if s == State::default());
+    range.clone().rev().take(TRIED).find(is_free).unwrap_or(*range.end())
 }
 
 /// Kernels that could not do it however the filesystem was mounted.

@@ -58,7 +58,7 @@ impl Disk {
     /// A directory of its own to try things out in.
     fn probe(&self) -> Result<()> {
         let scratch = tempfile::tempdir_in(self.path()).unwrap();
-        probe(scratch.path(), 700)
+        probe(scratch.path(), &(700..=799))
     }
 }
 
@@ -172,7 +172,7 @@ fn files_that_are_there_already_are_counted_and_symlinks_never_followed() {
         }
         fill(&deep.join("bottom"), MIB).unwrap();
         let tagged = quota.set_at("t", &tree, size(50 * MIB)).unwrap();
-        assert_eq!(tagged, Tagged { changed: 1 + 200 + 2, left_out: 4 });
+        assert_eq!(tagged, Tagged { changed: 200 + 2, left_out: 4 });
         let used = quota.read(&tree).unwrap().used;
         assert!(used.inodes == 203 && (6 * MIB..8 * MIB).contains(&used.bytes), "{used:?}");
         assert_eq!(quota.project_at(&outside).unwrap(), None);
@@ -217,7 +217,16 @@ fn writers_do_not_escape_while_a_tree_gets_its_project() {
 fn what_a_crash_left_is_finished_or_undone() {
     each("what_a_crash_left_is_finished_or_undone", |disk| {
         let quota = disk.quota(700..=799);
-        let enter = |name: &str| quota.ledger.change(|book| quota.enter(book, name, size(20 * MIB))).unwrap();
+        // What is noted first, of which nothing is done yet.
+        let enter = |name: &str| {
+            let note = |book: &mut Book| {
+                let project = book.free(&(700..=799), |_| Ok(false))?;
+                let entry = Entry { project, limits: size(20 * MIB), ready: false };
+                book.trees.insert(name.into(), entry);
+                Ok(entry)
+            };
+            quota.ledger.change(note).unwrap()
+        };
         // Noted, and the tree never came to be.
         enter("never");
         // Noted and limited, but not in its place.
@@ -350,7 +359,7 @@ fn what_is_missing_is_named_with_what_brings_it() {
                 fs::create_dir(outer.join("in")).unwrap();
                 outer.join("in")
             },
-            700,
+            &(700..=799),
         )
         .unwrap_err()
         .to_string();
@@ -388,5 +397,280 @@ fn an_unknown_project_takes_and_may_take_nothing_said() {
     each("an_unknown_project_takes_and_may_take_nothing_said", |disk| {
         let found = disk.quota(700..=799).kernel.get(750).unwrap();
         assert_eq!(found, State { used: Usage::default(), limits: Limits::default() });
+    });
+}
+
+#[test]
+fn the_room_of_a_full_tree_does_not_grow_with_each_mount() {
+    each("the_room_of_a_full_tree_does_not_grow_with_each_mount", |disk| {
+        let quota = disk.quota(700..=799);
+        let limits = |mib: u64, inodes| Limits { size: Some(ByteSize(mib * MIB)), inodes: Some(inodes) };
+        let fill_up = |tree: &Path, n: u32| {
+            without_privilege(|| {
+                assert!(is_full((0..99).try_for_each(|m| File::create(tree.join(format!("{n}-{m}"))).map(drop))));
+                assert!(is_full(fill(&tree.join("f"), 40 * MIB)));
+            });
+        };
+        // Full as it is, and limited to far less than it takes.
+        for (name, then) in [("full", limits(20, 30)), ("lowered", limits(5, 12))] {
+            let tree = disk.tree(name);
+            File::create(tree.join("f")).unwrap();
+            quota.set(&tree, limits(20, 30)).unwrap();
+            fill_up(&tree, 0);
+            quota.set(&tree, then).unwrap();
+            for n in 1..=5 {
+                quota.prepare(name).unwrap();
+                fill_up(&tree, n);
+            }
+            let used = quota.read(&tree).unwrap().used;
+            assert!(used.bytes <= 21 * MIB && used.inodes <= 38, "{name}: {used:?}");
+            fs::remove_dir_all(&tree).unwrap();
+            fs::create_dir(&tree).unwrap();
+            quota.prepare(name).unwrap();
+            let project = quota.project_at(&tree).unwrap().unwrap();
+            assert_eq!(quota.kernel.get(project).unwrap().limits, then, "{name}: the room is taken back");
+        }
+    });
+}
+
+#[test]
+fn of_changes_at_once_the_kernel_has_the_one_that_is_noted() {
+    each("of_changes_at_once_the_kernel_has_the_one_that_is_noted", |disk| {
+        let tree = disk.tree("t");
+        (0..300).for_each(|n| fs::write(tree.join(n.to_string()), "").unwrap());
+        let quota = disk.quota(700..=799);
+        quota.set(&tree, size(MIB)).unwrap();
+        let project = quota.project_at(&tree).unwrap().unwrap();
+        for round in 0..30 {
+            // So that the files are looked at again, which takes each change another time.
+            let not_ready = |book: &mut Book| {
+                book.trees.get_mut("t").unwrap().ready = false;
+                Ok(())
+            };
+            quota.ledger.change(not_ready).unwrap();
+            std::thread::scope(|scope| {
+                for mib in 1..=4 {
+                    let tree = &tree;
+                    scope.spawn(move || disk.quota(700..=799).set(tree, size((round + mib) * MIB)).unwrap());
+                }
+            });
+            let (noted, enforced) = (quota.read(&tree).unwrap().limits, quota.kernel.get(project).unwrap().limits);
+            assert_eq!(noted, enforced, "round {round}");
+        }
+    });
+}
+
+#[test]
+fn a_change_that_was_interrupted_is_finished() {
+    each("a_change_that_was_interrupted_is_finished", |disk| {
+        let quota = disk.quota(700..=799);
+        let tree = disk.tree("t");
+        quota.set(&tree, size(20 * MIB)).unwrap();
+        let project = quota.project_at(&tree).unwrap().unwrap();
+        let inodes = Limits { size: None, inodes: Some(100) };
+        for noted in [size(60 * MIB), size(20 * MIB), inodes, Limits::default(), size(7 * MIB)] {
+            let enter = |book: &mut Book| {
+                book.trees.get_mut("t").unwrap().limits = noted;
+                Ok(())
+            };
+            quota.ledger.change(enter).unwrap();
+            // Killed here.
+            quota.reclaim(&|_| false).unwrap();
+            assert_eq!(quota.kernel.get(project).unwrap().limits, noted);
+        }
+        // The room that a full one has been given is no interrupted change.
+        without_privilege(|| assert!(is_full(fill(&tree.join("f"), 40 * MIB))));
+        quota.prepare("t").unwrap();
+        let with_room = quota.kernel.get(project).unwrap().limits;
+        quota.reclaim(&|_| false).unwrap();
+        assert_eq!(quota.kernel.get(project).unwrap().limits, with_room);
+    });
+}
+
+#[test]
+fn a_change_that_failed_leaves_the_limits_as_they_were() {
+    each("a_change_that_failed_leaves_the_limits_as_they_were", |disk| {
+        let quota = disk.quota(700..=799);
+        let [never, limited, gone] = ["never", "limited", "gone"].map(|name| disk.tree(name));
+        quota.set(&limited, size(20 * MIB)).unwrap();
+        let project = quota.project_at(&limited).unwrap().unwrap();
+        // The trees cannot be walked: a symlink is where a directory belongs, or nothing is there.
+        for tree in [&never, &limited] {
+            tag::tag(tree, 0).unwrap();
+            std::os::unix::fs::symlink("/", tree.join("diff")).unwrap();
+        }
+        fs::remove_dir(&gone).unwrap();
+        for (tree, was) in [(&never, Limits::default()), (&limited, size(20 * MIB)), (&gone, Limits::default())] {
+            quota.set(tree, size(30 * MIB)).unwrap_err();
+            let noted = quota.read(tree).map(|state| state.limits).unwrap_or_default();
+            assert_eq!(noted, was, "{}", tree.display());
+        }
+        assert_eq!(quota.kernel.get(project).unwrap().limits, size(20 * MIB));
+        assert!(
+            quota
+                .on_filesystem()
+                .unwrap()
+                .iter()
+                .all(|(other, state)| { *other == project || state.limits == Limits::default() })
+        );
+    });
+}
+
+#[test]
+fn two_homes_on_one_filesystem_never_share_a_project() {
+    each("two_homes_on_one_filesystem_never_share_a_project", |disk| {
+        let homes = ["a", "b", "c", "d"].map(|name| disk.tree(name));
+        let open = |home: &PathBuf| ProjectQuota::open(home, 700..=723).unwrap();
+        std::thread::scope(|scope| {
+            for home in &homes {
+                scope.spawn(move || {
+                    for n in 0..5 {
+                        let tree = home.join(n.to_string());
+                        fs::create_dir(&tree).unwrap();
+                        open(home).set(&tree, size(20 * MIB)).unwrap();
+                    }
+                });
+            }
+        });
+        let books = homes.iter().map(|home| open(home).ledger.read().unwrap());
+        let mut given: Vec<u32> = books.flat_map(|book| book.trees.into_values().map(|entry| entry.project)).collect();
+        given.sort();
+        given.dedup();
+        assert_eq!(given.len(), 20, "{given:?}");
+    });
+}
+
+/// The process in a user namespace, if this is it.
+#[test]
+fn the_process_in_a_user_namespace() {
+    let Ok(scratch) = std::env::var("GRAPHDRIVER_QUOTA_PROBE") else { return };
+    let e = probe(Path::new(&scratch), &(700..=799)).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+    assert!(e.to_string().contains("run as root outside of user namespaces"), "{e}");
+}
+
+#[test]
+fn in_a_user_namespace_the_advice_is_to_leave_it() {
+    each("in_a_user_namespace_the_advice_is_to_leave_it", |disk| {
+        let scratch = disk.tree("scratch");
+        let done = Command::new("unshare")
+            .args(["-U", "-r"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "project::real::the_process_in_a_user_namespace", "--nocapture"])
+            .env("GRAPHDRIVER_QUOTA_PROBE", scratch)
+            .output()
+            .unwrap();
+        let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success() && said.contains("1 passed"), "{said}");
+    });
+}
+
+#[test]
+fn a_project_that_others_took_after_a_crash_is_left_to_them() {
+    each("a_project_that_others_took_after_a_crash_is_left_to_them", |disk| {
+        let quota = disk.quota(700..=799);
+        let tree = disk.tree("t");
+        let note = |book: &mut Book| {
+            book.trees.insert("t".into(), Entry { project: 750, limits: size(20 * MIB), ready: false });
+            Ok(())
+        };
+        quota.ledger.change(note).unwrap();
+        // Killed here, before anything was put into the project.
+        quota.kernel.set(750, size(5 * MIB)).unwrap();
+        quota.reclaim(&|_| false).unwrap();
+        let own = quota.project_at(&tree).unwrap().unwrap();
+        assert_ne!(own, 750);
+        let limits = [750, own].map(|project| quota.kernel.get(project).unwrap().limits);
+        assert_eq!((limits, quota.read(&tree).unwrap().limits), ([size(5 * MIB), size(20 * MIB)], size(20 * MIB)));
+    });
+}
+
+#[test]
+fn things_are_tried_out_with_a_project_that_is_nobodys() {
+    each("things_are_tried_out_with_a_project_that_is_nobodys", |disk| {
+        let kernel = Kernel::of(&disk.path()).unwrap();
+        kernel.set(799, size(MIB)).unwrap();
+        tag::tag(&disk.tree("others"), 798).unwrap();
+        assert_eq!(probe::spare(&kernel, &(700..=799)), 797);
+        assert_eq!(probe::spare(&kernel, &(798..=799)), 799, "none is left");
+    });
+}
+
+/// The process that is killed, if this is it: it limits trees, changes that, and removes them, until the end comes.
+#[test]
+fn the_process_that_is_killed() {
+    let Ok(told) = std::env::var("GRAPHDRIVER_QUOTA_KILLED") else { return };
+    let (seed, base) = told.split_once(' ').unwrap();
+    let (mut random, base) = (seed.parse::<u64>().unwrap(), Path::new(base));
+    let quota = ProjectQuota::open(base, 700..=799).unwrap();
+    let mut below = |n: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % n
+    };
+    loop {
+        let name = format!("t{}", below(4));
+        let tree = base.join(&name);
+        match (below(4), tree.exists()) {
+            (_, false) => {
+                fs::create_dir_all(tree.join("diff/d")).unwrap();
+                (0..30).for_each(|n| fs::write(tree.join(format!("diff/d/{n}")), "x").unwrap());
+            }
+            (0, true) => {
+                fs::remove_dir_all(&tree).unwrap();
+                quota.forget(&name).unwrap();
+            }
+            (1, true) => quota.prepare(&name).unwrap(),
+            (_, true) => quota.set(&tree, size((10 + below(50)) * MIB)).unwrap(),
+        }
+    }
+}
+
+/// Whether the ledger, the kernel's limits and the tags of files say the same of all trees, and nothing else has a project.
+fn agree(quota: &ProjectQuota, base: &Path) {
+    let trees = quota.ledger.read().unwrap().trees;
+    for (name, entry) in &trees {
+        let tree = base.join(name);
+        assert!(entry.ready, "{name} {entry:?}");
+        assert_eq!(tag::tag(&tree, entry.project).unwrap(), Tagged::default(), "{name} {entry:?}");
+        assert_eq!(quota.kernel.get(entry.project).unwrap().limits, entry.limits, "{name} {entry:?}");
+    }
+    for dir in fs::read_dir(base).unwrap().flatten().filter(|entry| entry.file_type().unwrap().is_dir()) {
+        let noted = trees.get(dir.file_name().to_str().unwrap()).map(|entry| entry.project);
+        assert_eq!(quota.project_at(&dir.path()).unwrap(), noted, "{dir:?}");
+    }
+    let noted: HashSet<u32> = trees.values().map(|entry| entry.project).collect();
+    let others = || quota.on_filesystem().unwrap().into_iter().filter(|(project, _)| !noted.contains(project));
+    // xfs frees what was removed in the background.
+    let freed = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        others().next().is_none()
+    });
+    assert!(freed, "nobody's: {:?}", others().collect::<Vec<_>>());
+}
+
+#[test]
+fn a_killed_process_leaves_ledger_kernel_and_tags_that_can_be_made_to_agree() {
+    each("a_killed_process_leaves_ledger_kernel_and_tags_that_can_be_made_to_agree", |disk| {
+        let (base, mut interrupted) = (disk.path(), 0);
+        for round in 0..20u64 {
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "project::real::the_process_that_is_killed", "--nocapture"])
+                .env("GRAPHDRIVER_QUOTA_KILLED", format!("{round} {}", base.display()))
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(400 + round * 137 % 500));
+            assert_eq!(child.try_wait().unwrap(), None, "it failed by itself");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let quota = disk.quota(700..=799);
+            let before = quota.ledger.read().unwrap();
+            quota.reclaim(&|name| !base.join(name).exists()).unwrap();
+            interrupted += u32::from(quota.ledger.read().unwrap() != before);
+            agree(&quota, &base);
+        }
+        let given = disk.quota(700..=799).ledger.read().unwrap().next;
+        println!("{interrupted} of 20 kills left something to do, and the next project is {given}");
+        assert_ne!(given, 0, "something was limited");
     });
 }

@@ -15,7 +15,7 @@ use std::{
 /// What came of tagging a tree.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tagged {
-    /// Files and directories that got the project now.
+    /// Files and directories in the tree that got the project now.
     pub changed: u64,
     /// Symlinks, devices, FIFOs and sockets, which cannot be opened without an effect, and immutable files: they stay
     /// outside the project. Each is an inode and next to no space.

@@ -1,5 +1,4 @@
 use super::{ledger::*, *};
-use graphdriver_core::ByteSize;
 use proptest::prelude::*;
 
 fn entry(project: u32, size: Option<u64>, inodes: Option<u64>, ready: bool) -> Entry {
@@ -107,6 +106,35 @@ fn a_limit_of_nothing_is_refused() {
         assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("none"), "{e}");
     }
     check_limits(Limits::default()).unwrap();
+}
+
+#[test]
+fn a_full_tree_gets_room_once() {
+    let room = |limit, used, enforced| {
+        let inodes = |inodes| Limits { size: None, inodes };
+        let used = graphdriver_core::Usage { bytes: 0, inodes: used };
+        with_room(inodes(limit), State { used, limits: inodes(enforced) }).inodes
+    };
+    assert_eq!(ROOM_INODES, 8);
+    for (limit, used, enforced, wanted) in [
+        (None, 500, Some(100), None),
+        (Some(100), 50, Some(100), Some(100)),
+        (Some(100), 92, Some(100), Some(100)),
+        (Some(100), 95, Some(100), Some(103)),
+        (Some(100), 100, Some(100), Some(108)),
+        (Some(100), 108, Some(108), Some(108)),
+        (Some(100), 50, Some(108), Some(100)),
+        // Lowered from 500, mounted, filled, emptied a little, filled again.
+        (Some(100), 500, Some(100), Some(508)),
+        (Some(100), 508, Some(508), Some(508)),
+        (Some(100), 400, Some(508), Some(408)),
+        (Some(100), 408, Some(408), Some(408)),
+        // Of a kernel that has forgotten.
+        (Some(100), 500, None, Some(508)),
+        (Some(u64::MAX), u64::MAX, Some(u64::MAX), Some(u64::MAX)),
+    ] {
+        assert_eq!(room(limit, used, enforced), wanted, "{used} of {limit:?}, {enforced:?} enforced");
+    }
 }
 
 proptest! {
