@@ -126,7 +126,8 @@ fn with_data(root: &Path) -> Vec<&'static str> {
 fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
     let mut why = Vec::new();
     for factory in ALL.iter().filter_map(|name| factory(name)) {
-        match (factory.probe)(&data_dir(root, factory.name), &known(&factory, options)) {
+        // A wrong option is to be refused, not to make another driver of it.
+        match (factory.probe)(&data_dir(root, factory.name), &Options::default()) {
             Ok(_) => return check_options(&factory, options).map(|()| factory),
             Err(unmet) => why.push(format!("{}: {} (remedy: {})", factory.name, unmet.missing, unmet.remedy)),
         }

@@ -225,10 +225,12 @@ def cut(name, rounds, programs):
                 raise Wrong(f"{name}, boot {number}, after {describe(state)}:\n{wrong}") from None
             print(f"{name}: boot {number}: verified {state.verified}{', removed all' if wipe else ''}; "
                   + ("done" if last else f"power cut {describe(state)}"), flush=True)
-            if not last:
-                cuts[state.step[0] if state.step else "between"] = cuts.get(state.step[0] if state.step else "between", 0) + 1
+            if last:
+                break
+            where = state.step[0] if state.step else "between"
+            cuts[where] = cuts.get(where, 0) + 1
             expected = state.expected
-    print(f"{name}: {rounds} power cuts survived: " + ", ".join(f"{count} in {step}" for step, count in cuts.items()), flush=True)
+    print(f"{name}: {sum(cuts.values())} power cuts survived: " + ", ".join(f"{count} in {step}" for step, count in cuts.items()), flush=True)
 
 
 def describe(state):
