@@ -55,10 +55,22 @@ impl Settings {
         Ok(Settings {
             data_root: std::path::absolute(&data_root).doing(|| format!("resolving {}", data_root.display()))?,
             storage_driver: given.storage_driver.or(file.storage_driver),
-            storage_opts: Options(opts.iter().map(|o| parse_option(o)).collect::<Result<_>>()?),
+            storage_opts: distinct(opts.iter().map(|o| parse_option(o)).collect::<Result<_>>()?)?,
             debug: given.debug.unwrap_or(file.debug),
         })
     }
+}
+
+fn distinct(options: Vec<(String, String)>) -> Result<Options> {
+    for (n, (name, value)) in options.iter().enumerate() {
+        if let Some((_, other)) =
+            options[..n].iter().find(|(before, before_value)| before == name && before_value != value)
+        {
+            let why = format!("the storage option {name} is given twice, as {other:?} and as {value:?}");
+            return Err(Error::new(ErrorKind::InvalidInput, why).hint("give it once"));
+        }
+    }
+    Ok(Options(options))
 }
 
 fn read(named: Option<&Path>) -> Result<File> {

@@ -118,9 +118,19 @@ pub fn choose(root: &Path, asked: Option<&str>, options: &Options) -> Result<Dri
     Ok(factory)
 }
 
-/// The drivers that have a store under `root`.
+/// The drivers that have a store under `root`; of several, those in whose stores anything is.
 fn with_data(root: &Path) -> Vec<&'static str> {
-    ALL.into_iter().filter(|name| store_dir(root, name).join("store.db").exists()).collect()
+    let store = |name: &str| store_dir(root, name).join("store.db");
+    let mut all: Vec<_> = ALL.into_iter().filter(|name| store(name).exists()).collect();
+    if all.len() > 1 {
+        all.retain(|name| has_layers(&store(name)).unwrap_or(true));
+    }
+    all
+}
+
+fn has_layers(store: &Path) -> rusqlite::Result<bool> {
+    let db = rusqlite::Connection::open_with_flags(store, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    db.query_row("SELECT EXISTS (SELECT 1 FROM layers)", [], |row| row.get(0))
 }
 
 fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
@@ -137,6 +147,20 @@ fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {
         format!("no storage driver works with {}: {}", root.display(), why.join("; ")),
     )
     .hint("see `graphdriver drivers`"))
+}
+
+/// Fails for an option that none of the drivers has.
+pub fn check_known(options: &Options) -> Result<()> {
+    let all = factories();
+    let known = |name: &str| all.iter().any(|factory| factory.options.iter().any(|o| o.name == name));
+    match options.0.iter().find(|(name, _)| !known(name)) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let all: Vec<_> = all.iter().flat_map(|factory| factory.options).map(|o| o.name).collect();
+            let e = Error::new(ErrorKind::InvalidInput, format!("no storage driver has an option {name:?}"));
+            Err(e.hint(format!("they know {}", all.join(", "))))
+        }
+    }
 }
 
 /// Those of the options that the driver knows.
@@ -188,6 +212,10 @@ mod tests {
         }
         let e = choose(dir.path(), None, &Options::default()).unwrap_err().to_string();
         assert!(e.contains("overlay2, btrfs") && e.contains("--storage-driver"), "{e}");
+        // Made by somebody who looked with the wrong driver.
+        let store = store_dir(dir.path(), "btrfs").join("store.db");
+        rusqlite::Connection::open(store).unwrap().execute_batch("CREATE TABLE layers (id)").unwrap();
+        assert_eq!(with_data(dir.path()), ["overlay2"]);
     }
 
     #[cfg(feature = "overlay2")]

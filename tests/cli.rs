@@ -83,6 +83,12 @@ fn unknown_settings_are_errors_that_list_the_known_ones() {
     home.fails(2, "GRAPHDRIVER_STORAGE_OPTS=overlay2.colour=red graphdriver info", &options);
     home.fails(2, "graphdriver --storage-opt overlay2.metacopy=maybe info", &["maybe", "on and off"]);
     home.fails(2, "graphdriver --storage-opt size info", &["NAME=VALUE"]);
+    home.fails(2, "graphdriver --storage-opt overlay2.colour=red info --storage-opt overlay2.metacopy=on", &options);
+    home.fails(2, "graphdriver --storage-opt overlay2.colour=red drivers", &["overlay2.colour", "overlay2.metacopy"]);
+    let twice = "graphdriver --storage-opt overlay2.metacopy=on info --storage-opt overlay2.metacopy=off";
+    home.fails(2, twice, &["overlay2.metacopy", "twice", "\"on\"", "\"off\""]);
+    home.fails(2, "graphdriver create --storage-opt size=1G --storage-opt size=2G x", &["size", "twice"]);
+    home.fails(2, "graphdriver create --storage-opt size=0 x", &["size of 0"]);
     home.fails(6, "graphdriver --storage-opt overlay2.size=1G info", &["overlay2.size", "quota"]);
     home.fails(2, "graphdriver --format xml images", &["table, json"]);
     home.fails(2, "graphdriver imags", &["images"]);

@@ -175,7 +175,7 @@ fn what_cannot_be_done_is_said_with_what_is_missing() {
         (2, "--storage-opt btrfs.quota=on info", &["btrfs.quota", "auto, simple, qgroup and off"][..]),
         (2, "--storage-opt btrfs.min_space=lots info", &["btrfs.min_space", "10G"]),
         (6, "--root elsewhere info", &["subvolumes need btrfs", "mkfs.btrfs"]),
-        (6, "create --storage-opt size=20M demo", &["quotas are off", "btrfs quota enable --simple"]),
+        (6, "create --storage-opt size=20M demo", &["quotas are off", "option btrfs.quota=simple"]),
         (
             2,
             "create --storage-opt btrfs.quota=simple --storage-opt btrfs.min_space=1G --storage-opt size=20M demo",

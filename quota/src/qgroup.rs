@@ -131,7 +131,7 @@ impl Qgroups {
             .map_err(|e| match io(e) {
                 e if e.raw_os_error() == Some(libc::ENOTCONN) => {
                     Error::new(ErrorKind::Unsupported, "the filesystem's quotas were turned off")
-                        .hint("turn them on: btrfs quota enable --simple DIR")
+                        .hint("turn them on: --storage-opt btrfs.quota=simple")
                 }
                 e => e.into(),
             })

@@ -1,6 +1,8 @@
 //! What can be typed. The doc comments are the help texts.
 
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{
+    Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint,
+};
 use clap_complete::Shell;
 use graphdriver::config::Given;
 use std::path::PathBuf;
@@ -29,7 +31,7 @@ pub(crate) struct Global {
     /// An option of the storage driver, NAME=VALUE; for `create` also size=SIZE and inodes=NUMBER, the new container's limits
     ///
     /// In the variable GRAPHDRIVER_STORAGE_OPTS several are separated by commas.
-    #[arg(long, global = true, value_name = "K=V", action = clap::ArgAction::Append)]
+    #[arg(long, value_name = "K=V", action = ArgAction::Append)]
     pub storage_opt: Vec<String>,
     /// The settings file; it must exist if named
     #[arg(long, global = true, env = "GRAPHDRIVER_CONFIG", value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -42,7 +44,37 @@ pub(crate) struct Global {
     pub format: Format,
 }
 
+/// `--storage-opt` after a subcommand. clap's own global arguments let those after it replace those before it.
+const AFTER: &str = "storage-opt-after";
+
+fn with_storage_opt(command: clap::Command) -> clap::Command {
+    command.mut_subcommands(|sub| {
+        let help = "An option of the storage driver, NAME=VALUE; also before the command [see graphdriver --help]";
+        let arg = Arg::new(AFTER).long("storage-opt").value_name("K=V").action(ArgAction::Append).help(help);
+        with_storage_opt(sub.arg(arg))
+    })
+}
+
+fn storage_opts_after(matches: &ArgMatches) -> Vec<String> {
+    let Some((_, below)) = matches.subcommand() else { return Vec::new() };
+    let here = below.get_many::<String>(AFTER).unwrap_or_default().cloned();
+    here.chain(storage_opts_after(below)).collect()
+}
+
 impl Cli {
+    /// What can be typed, as clap knows it.
+    pub fn definition() -> clap::Command {
+        with_storage_opt(Cli::command())
+    }
+
+    /// What was typed. Ends the process if that is wrong, or asks for help.
+    pub fn typed() -> Cli {
+        let matches = Cli::definition().get_matches();
+        let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.format(&mut Cli::definition()).exit());
+        cli.global.storage_opt.extend(storage_opts_after(&matches));
+        cli
+    }
+
     /// What flags and environment say to the settings. `size=` and `inodes=` belong to the container that `create` makes.
     pub fn given(&self) -> Given {
         let global = &self.global;

@@ -7,7 +7,7 @@ use super::{
     quota, times,
 };
 use graphdriver::{ContainerSummary, CopyOptions, CreateOptions, Engine, config, image::Reference};
-use graphdriver_core::{ByteSize, Context, LayerOptions, Result};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, LayerOptions, Result};
 use std::io::Write;
 
 pub(crate) fn create(engine: &Engine, out: &Output, args: &CreateArgs) -> Result<()> {
@@ -15,9 +15,13 @@ pub(crate) fn create(engine: &Engine, out: &Output, args: &CreateArgs) -> Result
     for option in &args.layer_options {
         let (name, value) = config::parse_option(option)?;
         let doing = || format!("reading the storage option {option:?}");
+        let twice = if name == "inodes" { layer.inodes.is_some() } else { layer.size.is_some() };
+        if twice {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("{name} is given twice"))).doing(doing);
+        }
         match name.as_str() {
             "inodes" => layer.inodes = Some(quota::number_of_inodes(&value).doing(doing)?),
-            _ => layer.size = Some(value.parse().doing(doing)?),
+            _ => layer.size = Some(quota::size_limit(&value).doing(doing)?),
         }
     }
     let options = CreateOptions { name: args.name.clone(), layer };

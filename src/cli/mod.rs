@@ -12,8 +12,7 @@ mod system;
 mod times;
 
 use args::{Cli, Command, ImageCommand};
-use clap::{CommandFactory, Parser};
-use graphdriver::{Engine, config, progress::Cancel};
+use graphdriver::{Engine, config, progress::Cancel, registry};
 use graphdriver_core::{Error, ErrorKind, Result};
 use output::Output;
 use std::{io::IsTerminal, process::ExitCode};
@@ -22,10 +21,10 @@ use std::{io::IsTerminal, process::ExitCode};
 pub(crate) fn main() -> ExitCode {
     if std::env::args_os().len() == 1 {
         // clap's own switch for this is off as soon as a variable gives an option a value.
-        eprint!("{}", Cli::command().render_help());
+        eprint!("{}", Cli::definition().render_help());
         return ExitCode::from(2);
     }
-    let cli = Cli::parse();
+    let cli = Cli::typed();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if output::reader_went_away(&e) => ExitCode::SUCCESS,
@@ -66,6 +65,7 @@ fn run(mut cli: Cli) -> Result<()> {
     let settings = config::Settings::resolve(cli.given())?;
     log_to_stderr(settings.debug);
     if let Command::Drivers = cli.command {
+        registry::check_known(&settings.storage_opts)?;
         return system::drivers(&out, &settings);
     }
     let cancel = Cancel::default();

@@ -33,7 +33,14 @@ pub(crate) fn quota(engine: &Engine, out: &Output, args: &QuotaArgs) -> Result<(
 fn size(text: &str) -> Result<Option<ByteSize>> {
     match text {
         "none" => Ok(None),
-        size => size.parse().map(Some).doing(|| "reading --size").hint(|| "or none, to lift the limit"),
+        size => size_limit(size).map(Some).doing(|| "reading --size").hint(|| "or none, to lift the limit"),
+    }
+}
+
+pub(crate) fn size_limit(text: &str) -> Result<ByteSize> {
+    match text.parse()? {
+        ByteSize(0) => Err(Error::new(ErrorKind::InvalidInput, "nothing can be in a size of 0")),
+        size => Ok(size),
     }
 }
 

@@ -113,8 +113,8 @@ impl Btrfs {
             let (why, hint) = match self.home.quotas {
                 None => (
                     "sizes cannot be limited here: the filesystem's quotas are off, or btrfs.quota=off",
-                    "turn them on with btrfs quota enable --simple DIR, or with the option btrfs.quota=simple (before \
-                     Linux 6.7 btrfs.quota=qgroup)",
+                    "turn them on with the option btrfs.quota=simple (before Linux 6.7 btrfs.quota=qgroup), or with \
+                     btrfs quota enable --simple DIR, which btrfs-progs know from 6.7 on",
                 ),
                 Some(_) => ("limiting the size of a layer needs root", "leave the size out"),
             };
