@@ -97,7 +97,7 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// List images
     Images(ImagesArgs),
-    /// Show images or containers as JSON
+    /// Show images, containers or snapshots as JSON
     Inspect(InspectArgs),
     /// Show how an image came to be, with the size of each step
     History(HistoryArgs),
@@ -262,6 +262,8 @@ pub(crate) enum ObjectType {
     Image,
     /// Containers.
     Container,
+    /// Snapshots of containerd's, which are looked for only if asked for.
+    Snapshot,
 }
 
 #[derive(Debug, Args)]

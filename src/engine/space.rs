@@ -1,6 +1,6 @@
 //! Where the space goes. Every layer is counted once, so the totals are what the disk has lost.
 
-use super::{Engine, find, load::chain_of, mounts};
+use super::{Engine, SnapshotSpace, find, load::chain_of, mounts};
 use graphdriver_core::{Digest, LayerId, Result};
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
@@ -13,6 +13,8 @@ pub struct DiskUsage {
     pub images: Vec<ImageSpace>,
     /// Every container.
     pub containers: Vec<ContainerSpace>,
+    /// Every snapshot of containerd's.
+    pub snapshots: Vec<SnapshotSpace>,
     /// All layers of all images, each once.
     pub images_size: u64,
     /// Layers that only images without containers and mounts need: what `image prune -a` frees.
@@ -21,6 +23,8 @@ pub struct DiskUsage {
     pub containers_size: u64,
     /// What containers that are not mounted wrote.
     pub containers_reclaimable: u64,
+    /// All snapshots. None of it is ours to free.
+    pub snapshots_size: u64,
 }
 
 /// One image.
@@ -67,7 +71,7 @@ pub struct ContainerSpace {
 }
 
 impl Engine {
-    /// Measures images and containers.
+    /// Measures images, containers and snapshots.
     pub fn disk_usage(&self) -> Result<DiskUsage> {
         self.reconcile_mounts()?;
         let sizes = self.layer_sizes()?;
@@ -88,13 +92,16 @@ impl Engine {
             container.size = self.layers.usage(*layer)?.bytes;
         }
         let containers: Vec<_> = containers.into_iter().map(|(container, _)| container).collect();
+        let snapshots = self.snapshot_space()?;
         Ok(DiskUsage {
             images_size: users.keys().map(size_of).sum(),
             images_reclaimable: users.keys().filter(|layer| !kept.contains(layer)).map(size_of).sum(),
             containers_size: containers.iter().map(|c| c.size).sum(),
             containers_reclaimable: containers.iter().filter(|c| !c.mounted).map(|c| c.size).sum(),
+            snapshots_size: snapshots.iter().map(|snapshot| snapshot.size).sum(),
             images,
             containers,
+            snapshots,
         })
     }
 }
