@@ -79,14 +79,10 @@ impl Engine {
         let (mut images, mut containers, chains) = self.layers.store().read(survey)?;
         let mut users: HashMap<LayerId, usize> = HashMap::new();
         chains.iter().flatten().for_each(|layer| *users.entry(*layer).or_default() += 1);
-        let mut kept = HashSet::new();
         for (image, chain) in images.iter_mut().zip(&chains) {
             image.size = chain.iter().map(size_of).sum();
             image.unique = chain.iter().filter(|layer| users[*layer] == 1).map(size_of).sum();
             image.shared = image.size - image.unique;
-            if image.in_use {
-                kept.extend(chain.iter().copied());
-            }
         }
         for (container, layer) in &mut containers {
             container.size = self.layers.usage(*layer)?.bytes;
@@ -95,7 +91,7 @@ impl Engine {
         let snapshots = self.snapshot_space()?;
         Ok(DiskUsage {
             images_size: users.keys().map(size_of).sum(),
-            images_reclaimable: users.keys().filter(|layer| !kept.contains(layer)).map(size_of).sum(),
+            images_reclaimable: reclaimable(&images, &chains).iter().map(size_of).sum(),
             containers_size: containers.iter().map(|c| c.size).sum(),
             containers_reclaimable: containers.iter().filter(|c| !c.mounted).map(|c| c.size).sum(),
             snapshots_size: snapshots.iter().map(|snapshot| snapshot.size).sum(),
@@ -104,6 +100,22 @@ impl Engine {
             snapshots,
         })
     }
+
+    /// [`DiskUsage::images_reclaimable`], without measuring anything.
+    pub(super) fn images_reclaimable(&self) -> Result<u64> {
+        let sizes = self.layer_sizes()?;
+        let (images, _, chains) = self.layers.store().read(survey)?;
+        Ok(reclaimable(&images, &chains).iter().filter_map(|layer| sizes.get(layer)).sum())
+    }
+}
+
+/// The layers that only images nobody uses have.
+fn reclaimable(images: &[ImageSpace], chains: &[Vec<LayerId>]) -> HashSet<LayerId> {
+    let of = |used| {
+        let those = images.iter().zip(chains).filter(move |(image, _)| image.in_use == used);
+        those.flat_map(|(_, chain)| chain.iter().copied()).collect::<HashSet<_>>()
+    };
+    &of(false) - &of(true)
 }
 
 type Survey = (Vec<ImageSpace>, Vec<(ContainerSpace, LayerId)>, Vec<Vec<LayerId>>);

@@ -11,7 +11,7 @@ mod sight;
 mod summary;
 
 pub use row::{Labels, Snapshot};
-pub use summary::SnapshotSpace;
+pub use summary::{Figures, SnapshotSpace};
 
 use super::Engine;
 use graphdriver_core::{
@@ -196,11 +196,16 @@ impl Snapshots {
         self.engine.layers.usage(found.layer)
     }
 
+    /// Frees what was removed here. What is still in use stays for the next time; returns how many layers that are.
+    pub fn free_removed(&self) -> Result<u64> {
+        self.engine.layers.sweep()
+    }
+
     /// Frees what was removed, and what other processes left that were killed. What is still in use stays for the next
     /// time; returns how many layers that are.
     pub fn cleanup(&self) -> Result<u64> {
         self.engine.layers.recover()?;
-        self.engine.layers.sweep()
+        self.free_removed()
     }
 }
 

@@ -22,7 +22,41 @@ pub struct SnapshotSpace {
     pub mounted: bool,
 }
 
+/// What there is, for those who watch over it.
+#[derive(Debug, Clone)]
+pub struct Figures {
+    /// The storage driver.
+    pub driver: &'static str,
+    /// Kind of layer, how many there are, and their bytes as far as they are committed.
+    pub layers: Vec<(String, u64, u64)>,
+    /// Mounts that are seen.
+    pub mounts: usize,
+    /// Bytes that only unused images take.
+    pub reclaimable: u64,
+    /// Bytes free in the data root.
+    pub free: u64,
+}
+
 impl Engine {
+    /// Counts, without measuring what is written to.
+    pub fn figures(&self) -> Result<Figures> {
+        let sql = "SELECT kind, count(*), coalesce(sum(usage_bytes), 0) FROM visible_layers GROUP BY kind";
+        let layers = self.layers.store().read(|db| {
+            let mut rows = db.prepare_cached(sql)?;
+            let rows = rows
+                .query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)? as u64, row.get::<_, i64>(2)? as u64)))?;
+            Ok(rows.collect::<rusqlite::Result<_>>()?)
+        })?;
+        let space = rustix::fs::statvfs(&self.settings.data_root)?;
+        Ok(Figures {
+            driver: self.layers.driver().name(),
+            layers,
+            mounts: self.mounts()?.len(),
+            reclaimable: self.images_reclaimable()?,
+            free: space.f_bavail * space.f_frsize,
+        })
+    }
+
     /// All snapshots, measured.
     pub(in crate::engine) fn snapshot_space(&self) -> Result<Vec<SnapshotSpace>> {
         let all = self.layers.store().read(row::all)?;
