@@ -9,15 +9,22 @@ use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, Uid};
 use std::{
     collections::HashSet,
     ffi::OsStr,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 /// Changes the owners of all files that the recipe shows, which is for writing.
 pub(super) fn shift(recipe: &[Mount], maps: &IdMaps) -> Result<()> {
-    let root = mount::detached(recipe)?;
+    let mount = mount::detached(recipe)?;
+    // A mount's own descriptor cannot be read from.
+    let root = open_dir(mount.as_fd(), OsStr::new("."))?;
     let mut shift = Shift { maps, done: HashSet::new() };
     shift.one(root.as_fd(), OsStr::new(""))?;
     shift.below(root.as_fd())
+}
+
+fn open_dir(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(fs::openat(dir, name, flags, Mode::empty())?)
 }
 
 struct Shift<'a> {
@@ -31,8 +38,7 @@ impl Shift<'_> {
         for name in names_in(dir)? {
             let is_dir = self.one(dir, &name).doing(|| format!("changing the owner of {}", name.display()))?;
             if is_dir {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let sub = fs::openat(dir, &name, flags, Mode::empty())?;
+                let sub = open_dir(dir, &name)?;
                 self.below(sub.as_fd()).doing(|| format!("in {}", name.display()))?;
             }
         }
