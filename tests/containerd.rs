@@ -86,7 +86,7 @@ empty() { [[ -z $(sn ls | tail -n +2) ]]; }
 until_true empty
 nothing() { graphdriver info | grep -q '^Layers: 0$'; }
 until_true nothing
-echo "left $(graphdriver --format json df | jq -c '.[2] | [.TotalCount, .Size]') $(find root/*/data -mindepth 1 -maxdepth 1 -name '[0-9]*' | wc -l)"
+echo "left $(graphdriver --format json df | jq -c '.[2] | [.TotalCount, .Size]') $(find root/*/data -mindepth 1 -maxdepth 2 -name '[0-9]*' | wc -l)"
 "#;
 
 fn archive() -> String {

@@ -192,7 +192,8 @@ impl Service {
 
     /// The numbers of the layers whose storage is there.
     pub fn stored(&self) -> Vec<u64> {
-        let entries = fs::read_dir(self.root.join(&self.driver).join("data")).unwrap();
+        let data = self.root.join(&self.driver).join("data");
+        let entries = fs::read_dir(if self.driver == "btrfs" { data.join("layers") } else { data }).unwrap();
         let mut all: Vec<_> = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).collect();
         all.sort();
         all

@@ -68,9 +68,9 @@ impl IdMap {
             let mut numbers = piece.split(':').map(|number| number.parse::<u32>().ok());
             let mut next = || numbers.next().flatten();
             let (inside, outside, count) = (next()?, next()?, next()?);
-            let whole = numbers.next().is_none() && count > 0;
-            let fits = inside.checked_add(count - 1).is_some() && outside.checked_add(count - 1).is_some();
-            (whole && fits).then_some((inside, outside, count))
+            let more = count.checked_sub(1)?;
+            let fits = inside.checked_add(more).is_some() && outside.checked_add(more).is_some();
+            (fits && numbers.next().is_none()).then_some((inside, outside, count))
         };
         let pieces: Option<Vec<_>> = text.split(',').map(piece).collect();
         let map = pieces.map(IdMap).ok_or_else(|| {
