@@ -207,6 +207,11 @@ fn a_size_is_a_real_limit_or_refused() {
         info.labels = labels(&[("graphdriver.io/size", "1M")]);
         refused(s.update(info, &[]), Code::FailedPrecondition);
         assert!(s.stat("key").unwrap().labels.is_empty());
+        // A label of what takes nothing more is only a label.
+        s.commit_with("done", "key", labels(&[("graphdriver.io/size", "much")])).unwrap();
+        let mut info = s.stat("done").unwrap();
+        info.labels.insert("a".into(), "b".into());
+        s.update(info, &[]).unwrap();
         s.cleanup().unwrap();
         assert_eq!(s.stored().len(), 1);
     });

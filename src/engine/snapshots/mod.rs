@@ -170,9 +170,12 @@ impl Snapshots {
         let before = self.stat(key)?;
         let labels = merged(&before.labels, given, paths)?;
         labels::check(&labels)?;
-        let (was, wanted) = (labels::limits(&before.labels), labels::limits(&labels)?);
-        if before.kind == LayerKind::Active && was.ok() != Some(wanted) {
-            layers.set_limits(before.layer, wanted, |_| Ok(()))?;
+        // The others take nothing more, whatever their labels say.
+        if before.kind == LayerKind::Active {
+            let (was, wanted) = (labels::limits(&before.labels), labels::limits(&labels)?);
+            if was.ok() != Some(wanted) {
+                layers.set_limits(before.layer, wanted, |_| Ok(()))?;
+            }
         }
         layers.store().write(|tx| {
             // Again, as others may have changed some of them meanwhile.
