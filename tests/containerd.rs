@@ -7,12 +7,19 @@ use std::{path::Path, process::Command};
 
 /// What every script begins with. Everything is in the test's own directory and mount namespace; the trap ends it all.
 const TOOLS: &str = r#"
+# Names the cgroups too, which all containerds of a machine share.
+export CONTAINERD_NAMESPACE=graphdriver-test-$$
 sn() { ctr snapshots --snapshotter graphdriver "$@"; }
 ctr() { command ctr --address "$PWD/cd/sock" "$@"; }
 until_true() { for _ in $(seq 300); do "$@" > /dev/null 2>&1 && return; sleep 0.1; done; echo "never true: $*" >&2; exit 1; }
 service() {
     setpriv --pdeathsig KILL graphdriver snapshotter --socket "$PWD/service" 2>> service.log &
     service=$!
+}
+containerd() {
+    setpriv --pdeathsig TERM containerd --config cd/config.toml >> cd/log 2>&1 &
+    containerd=$!
+    until_true ctr version
 }
 up() {
     # Where runc and the shims keep what they have, whatever containerd is told.
@@ -29,11 +36,10 @@ address = "$PWD/cd/sock"
 path = "$PWD/cd/opt"
 TOML
     service
-    setpriv --pdeathsig TERM containerd --config cd/config.toml > cd/log 2>&1 &
-    containerd=$!
+    containerd
     trap 'status=$?; ctr task rm -f beats > /dev/null 2>&1 || :; kill $containerd $service; wait
+          rmdir /sys/fs/cgroup/*/$CONTAINERD_NAMESPACE /sys/fs/cgroup/$CONTAINERD_NAMESPACE 2> /dev/null || :
           ((status == 0)) || tail -n 30 cd/log service.log; exit $status' EXIT
-    until_true ctr version
 }
 "#;
 
@@ -74,6 +80,11 @@ service
 until_true sn info beats
 sleep 0.5
 (($(beats) > before)) && echo "goes on"
+kill -KILL $containerd; wait $containerd || :
+containerd
+before=$(beats)
+sleep 0.5
+(($(beats) > before)) && echo "goes on"
 graphdriver mounts > mounts
 ctr task kill -s KILL beats
 until_true ctr task rm beats
@@ -108,7 +119,7 @@ fn containerd_uses(test: &str, driver: &str) {
         disk(driver)
     ));
     let lines: Vec<_> = said.lines().collect();
-    assert_eq!(lines, ["layers 6", "debian", "from first", "700", "goes on", "left [0,0] 0"], "{said}");
+    assert_eq!(lines, ["layers 6", "debian", "from first", "700", "goes on", "goes on", "left [0,0] 0"], "{said}");
     if driver != "btrfs" {
         let mounts = std::fs::read_to_string(home.path().join("mounts")).unwrap();
         assert!(mounts.contains("snapshot") && mounts.contains("beats"), "{mounts}");

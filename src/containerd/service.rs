@@ -2,8 +2,11 @@
 
 use super::{metrics::Metrics, mounts::translate, status};
 use crate::{Labels, Snapshot, Snapshots};
-use graphdriver_containerd_api::snapshots::{self as api, snapshots_server};
-use graphdriver_core::{Result, store::LayerKind};
+use graphdriver_containerd_api::{
+    snapshots::{self as api, snapshots_server},
+    types,
+};
+use graphdriver_core::{Mount, Result, store::LayerKind};
 use prost_types::Timestamp;
 use std::{
     sync::{
@@ -96,6 +99,15 @@ async fn free_removed(snapshots: Arc<Snapshots>, removed: Arc<Notify>) {
     }
 }
 
+/// A snapshot that containerd cannot be told how to mount is none.
+fn translate_new(snapshots: &Snapshots, key: &str, recipe: Vec<Mount>) -> Result<Vec<types::Mount>> {
+    translate(recipe).inspect_err(|_| {
+        if let Err(e) = snapshots.remove(key) {
+            tracing::warn!("{e}");
+        }
+    })
+}
+
 fn optional(name: &str) -> Option<&str> {
     Some(name).filter(|name| !name.is_empty())
 }
@@ -127,7 +139,7 @@ impl snapshots_server::Snapshots for Service {
         let asked = request.get_ref().clone();
         self.call(Call::new("Prepare", &request, &request.get_ref().key), move |snapshots| {
             let recipe = snapshots.prepare(&asked.key, optional(&asked.parent), &asked.labels)?;
-            Ok(api::PrepareSnapshotResponse { mounts: translate(recipe)? })
+            Ok(api::PrepareSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
         })
         .await
     }
@@ -136,7 +148,7 @@ impl snapshots_server::Snapshots for Service {
         let asked = request.get_ref().clone();
         self.call(Call::new("View", &request, &request.get_ref().key), move |snapshots| {
             let recipe = snapshots.view(&asked.key, optional(&asked.parent), &asked.labels)?;
-            Ok(api::ViewSnapshotResponse { mounts: translate(recipe)? })
+            Ok(api::ViewSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
         })
         .await
     }

@@ -6,6 +6,7 @@ mod chown;
 mod filter;
 mod labels;
 mod names;
+mod page;
 pub(super) mod row;
 mod sight;
 mod summary;
@@ -109,6 +110,7 @@ impl Snapshots {
         let access = if kind == LayerKind::Active { Access::ReadWrite } else { Access::ReadOnly };
         let mut recipe = self.engine.layers.mount(layer, access)?;
         Mark::of(&self.engine).put(layer, &mut recipe);
+        page::check(&recipe)?;
         Ok(recipe)
     }
 
