@@ -45,9 +45,9 @@ impl Drop for Service {
 pub fn graphdriver(root: &Path, driver: &str) -> Command {
     let mut command = Command::new(BINARY);
     command.arg("--root").arg(root).args(["--storage-driver", driver]);
-    command.env("GRAPHDRIVER_CONFIG", "/dev/null").stdin(Stdio::null());
-    fs::write(root.with_extension("json"), "{}").unwrap();
-    command.env("GRAPHDRIVER_CONFIG", root.with_extension("json"));
+    let config = root.with_extension("json");
+    fs::write(&config, "{}").unwrap();
+    command.env("GRAPHDRIVER_CONFIG", config).stdin(Stdio::null());
     command
 }
 

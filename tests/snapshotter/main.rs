@@ -1,6 +1,7 @@
 //! The service for containerd, through its socket.
 
 mod client;
+mod random;
 mod serving;
 mod suite;
 #[path = "../support/mod.rs"]

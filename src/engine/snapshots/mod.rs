@@ -29,7 +29,7 @@ use std::{
 /// The snapshots of one store, for the one process that serves them.
 pub struct Snapshots {
     engine: Engine,
-    commits: Names,
+    names: Names,
     _sole: File,
 }
 
@@ -43,7 +43,7 @@ impl Snapshots {
         let path = engine.layers.dir().join("snapshotter.lock");
         let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Snapshots { engine, commits: Names::default(), _sole: lock }),
+            Ok(()) => Ok(Snapshots { engine, names: Names::default(), _sole: lock }),
             Err(TryLockError::WouldBlock) => {
                 let why = format!("another snapshotter serves {}", engine.layers.dir().display());
                 Err(Error::new(ErrorKind::Busy, why).hint("stop it, or use another --root"))
@@ -70,6 +70,7 @@ impl Snapshots {
     fn make(&self, kind: LayerKind, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
         check_name(key)?;
         labels::check(labels)?;
+        let _turn = self.names.turn(key);
         let id_maps = labels::id_maps(labels)?;
         let limits = match kind {
             LayerKind::View if id_maps.is_some() => {
@@ -124,7 +125,7 @@ impl Snapshots {
         check_name(name)?;
         labels::check(labels)?;
         // Whoever comes second has to be told before his layer is frozen, and it stays as it is.
-        let _turn = self.commits.turn(name);
+        let _turn = self.names.turn(name);
         let layers = &self.engine.layers;
         let active = layers.store().read(|db| {
             row::refuse_taken(db, name)?;

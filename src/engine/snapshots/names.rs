@@ -1,4 +1,4 @@
-//! Turns: one commit at a time to each name.
+//! Turns: each name is given to one snapshot at a time.
 
 use std::{
     collections::HashSet,

@@ -1,6 +1,6 @@
 //! The rows of snapshots: what is asked and changed within a transaction.
 
-use super::super::{now, stamp};
+use super::super::now;
 use graphdriver_core::{Error, ErrorKind, LayerId, Result, store::LayerKind};
 use rusqlite::{Connection, Row, Transaction, params, types::Type};
 use serde::Serialize;
@@ -115,11 +115,4 @@ pub(super) fn delete(tx: &Transaction<'_>, name: &str) -> Result<()> {
 fn text(labels: &Labels) -> String {
     let kept: BTreeMap<_, _> = labels.iter().filter(|(_, value)| !value.is_empty()).collect();
     serde_json::to_string(&kept).expect("strings serialise")
-}
-
-impl Snapshot {
-    /// When it was made, as RFC 3339.
-    pub fn created_text(&self) -> String {
-        stamp(self.created)
-    }
 }
