@@ -131,6 +131,40 @@ fn killed_at_any_moment_it_loses_nothing_that_was_told() {
 }
 
 #[test]
+fn stopped_it_finishes_what_it_has_begun() {
+    on(&here("stopped_it_finishes_what_it_has_begun"), "overlay2", |mut s| {
+        let dir = s.root.parent().unwrap().to_owned();
+        let mut done = BTreeSet::new();
+        for round in 0..3u64 {
+            let pid = nix::unistd::Pid::from_raw(s.child.id() as i32);
+            let told = s.block_on(async {
+                let calls = (0..100).map(|n| {
+                    let mut client = s.another();
+                    let key = format!("key-{round}-{n}");
+                    let asked = api::PrepareSnapshotRequest { key: key.clone(), ..Default::default() };
+                    tokio::spawn(async move { (key, client.prepare(asked).await) })
+                });
+                let calls: Vec<_> = calls.collect();
+                tokio::time::sleep(Duration::from_millis(10 + 15 * round)).await;
+                nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+                let mut told = Vec::new();
+                for call in calls {
+                    told.push(call.await.unwrap());
+                }
+                told
+            });
+            assert!(s.child.wait().unwrap().success());
+            done.extend(told.into_iter().filter(|(_, reply)| reply.is_ok()).map(|(key, _)| key));
+            s = Service::start(&dir, "overlay2");
+            // Nothing is there that nobody was told of: no call was cut off.
+            assert_eq!(s.names(&[]).into_iter().collect::<BTreeSet<_>>(), done);
+            assert_eq!(s.stored().len(), done.len());
+        }
+        assert!(!done.is_empty());
+    });
+}
+
+#[test]
 fn the_socket_is_roots_alone_and_one_service_has_it() {
     on(&here("the_socket_is_roots_alone_and_one_service_has_it"), "overlay2", |s| {
         let dir = s.root.parent().unwrap();
