@@ -3,6 +3,8 @@
 //! Start at [`Engine`]; the command line in `main.rs` is a thin layer over it.
 
 pub mod config;
+#[cfg(feature = "containerd")]
+pub mod containerd;
 mod engine;
 pub mod image;
 pub mod progress;

@@ -29,7 +29,7 @@ fn may(from: &str, to: &str) -> bool {
         // Its own name appears where its tests use it with more features.
         _ if from == to => true,
         "graphdriver" => true,
-        "graphdriver-core" => false,
+        "graphdriver-core" | "graphdriver-containerd-api" => false,
         // For the words of limits and errors.
         "graphdriver-quota" => to == "graphdriver-core",
         _driver => SHARED.contains(&to),
@@ -57,6 +57,8 @@ fn the_rule_refuses_what_it_should() {
         ("graphdriver-core", "graphdriver-quota"),
         ("graphdriver-quota", "graphdriver-zfs"),
         ("graphdriver-btrfs", "graphdriver"),
+        ("graphdriver-btrfs", "graphdriver-containerd-api"),
+        ("graphdriver-containerd-api", "graphdriver-core"),
     ] {
         assert!(!may(from, to), "{from} -> {to}");
     }

@@ -129,7 +129,7 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// List images
     Images(ImagesArgs),
-    /// Show images or containers as JSON
+    /// Show images, containers or snapshots as JSON
     Inspect(InspectArgs),
     /// Show how an image came to be, with the size of each step
     History(HistoryArgs),
@@ -182,6 +182,9 @@ pub(crate) enum Command {
     Df(DfArgs),
     /// Show what happened
     Events(EventsArgs),
+    /// Serve containerd as a proxy snapshotter
+    #[cfg(feature = "containerd")]
+    Snapshotter(SnapshotterArgs),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -294,6 +297,8 @@ pub(crate) enum ObjectType {
     Image,
     /// Containers.
     Container,
+    /// Snapshots of containerd's, which are looked for only if asked for.
+    Snapshot,
 }
 
 #[derive(Debug, Args)]
@@ -427,6 +432,32 @@ pub(crate) struct DfArgs {
     /// A line for each image and container
     #[arg(long, short = 'v')]
     pub verbose: bool,
+}
+
+#[cfg(feature = "containerd")]
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotterArgs {
+    /// The unix socket to listen on, unless systemd hands one over
+    #[arg(long, value_name = "PATH", default_value = "/run/graphdriver/snapshotter.sock", value_hint = ValueHint::FilePath)]
+    pub socket: PathBuf,
+    /// Answer Prometheus at http://ADDRESS/metrics, an address of this host alone such as 127.0.0.1:9324
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<std::net::SocketAddr>,
+    /// How the log on standard error is written
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Print what to put into containerd's config.toml, and end
+    #[arg(long)]
+    pub print_containerd_config: bool,
+}
+
+#[cfg(feature = "containerd")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// A document of JSON for each line.
+    Json,
 }
 
 #[derive(Debug, Args)]

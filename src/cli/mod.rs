@@ -8,6 +8,8 @@ mod mounts;
 mod output;
 mod progress;
 mod quota;
+#[cfg(feature = "containerd")]
+mod snapshotter;
 mod system;
 mod times;
 
@@ -63,6 +65,10 @@ fn run(mut cli: Cli) -> Result<()> {
         args.layer_options = layer_options;
     }
     let settings = config::Settings::resolve(cli.given())?;
+    #[cfg(feature = "containerd")]
+    if let Command::Snapshotter(args) = cli.command {
+        return snapshotter::snapshotter(settings, args);
+    }
     log_to_stderr(settings.debug);
     if let Command::Drivers = cli.command {
         registry::check_known(&settings.storage_opts)?;
@@ -81,6 +87,8 @@ fn run(mut cli: Cli) -> Result<()> {
 fn dispatch(engine: &Engine, out: &Output, command: Command) -> Result<()> {
     match command {
         Command::Drivers | Command::Completions { .. } | Command::Man { .. } => unreachable!("run() has done these"),
+        #[cfg(feature = "containerd")]
+        Command::Snapshotter(_) => unreachable!("run() has done it"),
         Command::Info => system::info(engine, out),
         Command::Df(args) => system::df(engine, out, &args),
         Command::Events(args) => system::events(engine, out, &args),

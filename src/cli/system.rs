@@ -55,6 +55,7 @@ fn info_lines(info: &Info) -> Vec<String> {
     lines.push(format!("Version: {}", info.server_version));
     lines.push(format!("Images: {}", info.images));
     lines.push(format!("Containers: {}", info.containers));
+    lines.push(format!("Snapshots: {}", info.snapshots));
     lines.push(format!("Layers: {}", info.layers));
     lines.push(format!("Mounts: {}", info.mounts));
     lines
@@ -67,6 +68,7 @@ pub(crate) fn inspect(engine: &Engine, args: &InspectArgs) -> Result<()> {
         let one = match args.kind {
             Some(ObjectType::Image) => engine.inspect_image(name),
             Some(ObjectType::Container) => engine.inspect_container(name),
+            Some(ObjectType::Snapshot) => engine.inspect_snapshot(name),
             None => engine.inspect(name),
         };
         match one {
@@ -110,6 +112,13 @@ pub(crate) fn df(engine: &Engine, out: &Output, args: &DfArgs) -> Result<()> {
             size: usage.containers_size,
             reclaimable: usage.containers_reclaimable,
         },
+        Total {
+            kind: "Snapshots",
+            total_count: usage.snapshots.len(),
+            active: usage.snapshots.iter().filter(|s| s.mounted).count(),
+            size: usage.snapshots_size,
+            reclaimable: 0,
+        },
     ];
     out.list(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], &totals, |total| {
         let percent = (total.reclaimable * 100).checked_div(total.size).unwrap_or(0);
@@ -149,6 +158,20 @@ fn df_verbose(out: &Output, usage: &DiskUsage) -> Result<()> {
             times::ago(container.created),
             if container.mounted { "yes" } else { "no" }.into(),
             container.name.clone(),
+        ]
+    })?;
+    if usage.snapshots.is_empty() {
+        return Ok(());
+    }
+    output::line("")?;
+    out.list(&["SNAPSHOT", "KIND", "PARENT", "SIZE", "CREATED", "MOUNTED"], &usage.snapshots, |space| {
+        vec![
+            space.snapshot.name.clone(),
+            space.snapshot.kind.to_string(),
+            space.snapshot.parent.clone().unwrap_or_default(),
+            size(space.size),
+            times::ago(space.snapshot.created),
+            if space.mounted { "yes" } else { "no" }.into(),
         ]
     })
 }

@@ -219,7 +219,8 @@ const UNUSED: &str = "SELECT id FROM visible_layers AS l
     WHERE NOT EXISTS (SELECT 1 FROM layers WHERE parent = l.id)
     AND NOT EXISTS (SELECT 1 FROM images WHERE top = l.id)
     AND NOT EXISTS (SELECT 1 FROM containers WHERE layer = l.id)
-    AND NOT EXISTS (SELECT 1 FROM mounts WHERE layer = l.id)";
+    AND NOT EXISTS (SELECT 1 FROM mounts WHERE layer = l.id)
+    AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = l.id)";
 
 fn is_used(db: &Connection, layer: LayerId) -> Result<bool> {
     if !store::children(db, layer)?.is_empty() {
@@ -227,7 +228,8 @@ fn is_used(db: &Connection, layer: LayerId) -> Result<bool> {
     }
     let sql = "SELECT EXISTS (SELECT 1 FROM images WHERE top = ?1)
                OR EXISTS (SELECT 1 FROM containers WHERE layer = ?1)
-               OR EXISTS (SELECT 1 FROM mounts WHERE layer = ?1)";
+               OR EXISTS (SELECT 1 FROM mounts WHERE layer = ?1)
+               OR EXISTS (SELECT 1 FROM snapshots WHERE layer = ?1)";
     Ok(db.query_row(sql, [layer], |r| r.get(0))?)
 }
 

@@ -1,6 +1,6 @@
 //! The state of the whole: `graphdriver info`.
 
-use super::{Engine, find};
+use super::{Engine, find, snapshots};
 use graphdriver_core::{Capabilities, Context, Result};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -31,6 +31,8 @@ pub struct Info {
     pub images: usize,
     /// How many.
     pub containers: usize,
+    /// How many of containerd's.
+    pub snapshots: usize,
     /// How many, committed and writable.
     pub layers: usize,
     /// How many mounts are there now.
@@ -41,8 +43,10 @@ impl Engine {
     /// Looks at everything.
     pub fn info(&self) -> Result<Info> {
         let driver = self.layers.driver();
-        let (images, containers) =
-            self.layers.store().read(|db| Ok((find::images(db)?.len(), find::containers(db)?.len())))?;
+        let (images, containers, snapshots) = self
+            .layers
+            .store()
+            .read(|db| Ok((find::images(db)?.len(), find::containers(db)?.len(), snapshots::row::count(db)?)))?;
         let root = self.settings.data_root.canonicalize().doing(|| "looking at the data root")?;
         let space = rustix::fs::statvfs(&root)?;
         let table = graphdriver_core::mount::table()?;
@@ -62,6 +66,7 @@ impl Engine {
             server_version: env!("CARGO_PKG_VERSION"),
             images,
             containers,
+            snapshots,
             layers: self.layers.list()?.len(),
             mounts: self.mounts()?.len(),
         })

@@ -81,7 +81,7 @@ impl Engine {
     }
 
     /// The driver, the recipe that would show the layer, and its directories by the names Docker has for them.
-    fn driver_json(&self, layer: Option<LayerId>, access: Access) -> Result<Value> {
+    pub(super) fn driver_json(&self, layer: Option<LayerId>, access: Access) -> Result<Value> {
         let recipe = match layer {
             // A driver may describe only one writable mount at a time.
             Some(layer) => match self.layers.mount(layer, access) {

@@ -15,6 +15,7 @@ mod quota;
 mod save;
 mod schema;
 mod sight;
+mod snapshots;
 mod space;
 
 pub use build::CommitOptions;
@@ -26,6 +27,7 @@ pub use info::Info;
 pub use load::Loaded;
 pub use mounts::{MountSummary, Mounted};
 pub use quota::{LimitChange, QuotaSummary};
+pub use snapshots::{Figures, Labels, Snapshot, SnapshotSpace, Snapshots};
 pub use space::{ContainerSpace, DiskUsage, ImageSpace};
 
 use crate::{

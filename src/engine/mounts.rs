@@ -35,7 +35,7 @@ pub struct Mounted {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct MountSummary {
-    /// `image` or `container`.
+    /// `image`, `container` or `snapshot`.
     #[serde(rename = "Type")]
     pub kind: String,
     /// Its id.
@@ -298,6 +298,10 @@ impl Engine {
                 Object::Container(row) => Ok(row.id),
             });
             let id = id.map_err(|e| match path {
+                Some(path) if self.snapshot_mounts().is_ok_and(|all| all.iter().any(|mount| mount.target == path)) => {
+                    Error::new(ErrorKind::Busy, format!("containerd mounted a snapshot at {}", path.display()))
+                        .hint("let containerd stop what uses it")
+                }
                 Some(path) => {
                     Error::new(ErrorKind::NotFound, format!("graphdriver mounted nothing at {}", path.display()))
                         .hint("`graphdriver mounts` lists what it did")
@@ -345,14 +349,14 @@ impl Engine {
         self.forget(&unseen)
     }
 
-    /// Everything that is mounted now.
+    /// Everything that is mounted now, also what containerd did with a snapshot's recipe.
     pub fn mounts(&self) -> Result<Vec<MountSummary>> {
         let detached = {
             let _turn = self.mounts_turn()?;
             self.reconcile_in_turn()?
         };
         let view = View::take()?;
-        self.layers.store().read(|db| {
+        let ours: Result<Vec<_>> = self.layers.store().read(|db| {
             all(db)?
                 .into_iter()
                 .map(|row| {
@@ -369,7 +373,8 @@ impl Engine {
                     })
                 })
                 .collect()
-        })
+        });
+        Ok(ours?.into_iter().chain(self.snapshot_mounts()?).collect())
     }
 }
 

@@ -7,10 +7,13 @@
 //! * `mounts`: who shows what where; reconciled with `/proc/PID/mountinfo`. `mount` is the mount's number in that
 //!   table, `serial` one that is not used again, `boot` and `namespace` say where it can exist at all.
 //! * `events`: the durable log.
+//! * `snapshots`, since version 2: layers under the names that containerd gives them. `created` and `updated` are in
+//!   nanoseconds since 1970, `labels` is a JSON object. Kind and parent are the layer's. A graphdriver that does not know
+//!   this table would remove these layers as unused, and refuses the database.
 
 use graphdriver_core::store::Schema;
 
-pub(super) const SCHEMA: Schema = Schema { component: "engine", steps: &[V1] };
+pub(super) const SCHEMA: Schema = Schema { component: "engine", steps: &[V1, V2] };
 
 const V1: &str = "
 CREATE TABLE images (
@@ -61,4 +64,14 @@ CREATE TABLE events (
     actor      TEXT NOT NULL,
     attributes TEXT NOT NULL
 ) STRICT;
+";
+
+const V2: &str = "
+CREATE TABLE snapshots (
+    name    TEXT PRIMARY KEY,
+    layer   INTEGER NOT NULL UNIQUE REFERENCES layers(id),
+    created INTEGER NOT NULL,
+    updated INTEGER NOT NULL,
+    labels  TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 ";

@@ -1,6 +1,6 @@
 //! Where the space goes. Every layer is counted once, so the totals are what the disk has lost.
 
-use super::{Engine, find, load::chain_of, mounts};
+use super::{Engine, SnapshotSpace, find, load::chain_of, mounts};
 use graphdriver_core::{Digest, LayerId, Result};
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
@@ -13,6 +13,8 @@ pub struct DiskUsage {
     pub images: Vec<ImageSpace>,
     /// Every container.
     pub containers: Vec<ContainerSpace>,
+    /// Every snapshot of containerd's.
+    pub snapshots: Vec<SnapshotSpace>,
     /// All layers of all images, each once.
     pub images_size: u64,
     /// Layers that only images without containers and mounts need: what `image prune -a` frees.
@@ -21,6 +23,8 @@ pub struct DiskUsage {
     pub containers_size: u64,
     /// What containers that are not mounted wrote.
     pub containers_reclaimable: u64,
+    /// All snapshots. None of it is ours to free.
+    pub snapshots_size: u64,
 }
 
 /// One image.
@@ -67,7 +71,7 @@ pub struct ContainerSpace {
 }
 
 impl Engine {
-    /// Measures images and containers.
+    /// Measures images, containers and snapshots.
     pub fn disk_usage(&self) -> Result<DiskUsage> {
         self.reconcile_mounts()?;
         let sizes = self.layer_sizes()?;
@@ -75,28 +79,43 @@ impl Engine {
         let (mut images, mut containers, chains) = self.layers.store().read(survey)?;
         let mut users: HashMap<LayerId, usize> = HashMap::new();
         chains.iter().flatten().for_each(|layer| *users.entry(*layer).or_default() += 1);
-        let mut kept = HashSet::new();
         for (image, chain) in images.iter_mut().zip(&chains) {
             image.size = chain.iter().map(size_of).sum();
             image.unique = chain.iter().filter(|layer| users[*layer] == 1).map(size_of).sum();
             image.shared = image.size - image.unique;
-            if image.in_use {
-                kept.extend(chain.iter().copied());
-            }
         }
         for (container, layer) in &mut containers {
             container.size = self.layers.usage(*layer)?.bytes;
         }
         let containers: Vec<_> = containers.into_iter().map(|(container, _)| container).collect();
+        let snapshots = self.snapshot_space()?;
         Ok(DiskUsage {
             images_size: users.keys().map(size_of).sum(),
-            images_reclaimable: users.keys().filter(|layer| !kept.contains(layer)).map(size_of).sum(),
+            images_reclaimable: reclaimable(&images, &chains).iter().map(size_of).sum(),
             containers_size: containers.iter().map(|c| c.size).sum(),
             containers_reclaimable: containers.iter().filter(|c| !c.mounted).map(|c| c.size).sum(),
+            snapshots_size: snapshots.iter().map(|snapshot| snapshot.size).sum(),
             images,
             containers,
+            snapshots,
         })
     }
+
+    /// [`DiskUsage::images_reclaimable`], without measuring anything.
+    pub(super) fn images_reclaimable(&self) -> Result<u64> {
+        let sizes = self.layer_sizes()?;
+        let (images, _, chains) = self.layers.store().read(survey)?;
+        Ok(reclaimable(&images, &chains).iter().filter_map(|layer| sizes.get(layer)).sum())
+    }
+}
+
+/// The layers that only images nobody uses have.
+fn reclaimable(images: &[ImageSpace], chains: &[Vec<LayerId>]) -> HashSet<LayerId> {
+    let of = |used| {
+        let those = images.iter().zip(chains).filter(move |(image, _)| image.in_use == used);
+        those.flat_map(|(_, chain)| chain.iter().copied()).collect::<HashSet<_>>()
+    };
+    &of(false) - &of(true)
 }
 
 type Survey = (Vec<ImageSpace>, Vec<(ContainerSpace, LayerId)>, Vec<Vec<LayerId>>);

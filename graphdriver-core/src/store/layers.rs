@@ -95,7 +95,8 @@ impl Layers {
     }
 
     /// Makes storage for a new layer on `parent`, which is committed: visible, or being made by the caller too.
-    /// The new layer is active, or a view; nobody sees it until it is [kept](NewLayer::keep).
+    /// The new layer is active, or a view; nobody sees it until it is [kept](NewLayer::keep). A view on a parent takes no
+    /// storage, and what `options` ask for has no effect on it.
     pub fn create(&self, kind: LayerKind, parent: Option<LayerId>, options: &LayerOptions) -> Result<NewLayer<'_>> {
         if kind == LayerKind::Committed {
             return Err(invalid("a layer is created active or as a view, and committed when it is filled"));
@@ -113,7 +114,9 @@ impl Layers {
         })?;
         let new = NewLayer { layers: self, id };
         tracing::debug!(layer = %id, ?parents, ?options, "creating");
-        self.driver.create(id, &parents, options)?;
+        if shown_instead(kind, parent).is_none() {
+            self.driver.create(id, &parents, options)?;
+        }
         Ok(new)
     }
 
@@ -149,15 +152,16 @@ impl Layers {
 
     /// The recipe that shows the layer, visible or being made by the caller. Only active layers can be written to.
     pub fn mount(&self, id: LayerId, access: Access) -> Result<Vec<Mount>> {
-        let parents = self.store.read(|conn| {
+        let shown = self.store.read(|conn| {
             let (layer, op) = rows::row(conn, id)?;
             if access == Access::ReadWrite {
                 may_be_written(&layer, op)?;
             }
-            rows::parents(conn, id)
+            let shown = shown_instead(layer.kind, layer.parent).unwrap_or(id);
+            Ok((shown, rows::parents(conn, shown)?))
         });
-        let recipe = parents.and_then(|parents| {
-            self.driver.mount(id, &parents, access).map_err(|e| match e.kind() {
+        let recipe = shown.and_then(|(shown, parents)| {
+            self.driver.mount(shown, &parents, access).map_err(|e| match e.kind() {
                 ErrorKind::NotFound => e
                     .with_kind(ErrorKind::Corrupt)
                     .hint("the data root was damaged: remove what needs this layer and load its image again"),
@@ -175,6 +179,7 @@ impl Layers {
         let (layer, _) = self.store.read(|conn| rows::row(conn, id))?;
         match layer.usage {
             Some(usage) => Ok(usage),
+            None if shown_instead(layer.kind, layer.parent).is_some() => Ok(Usage::default()),
             None => self.driver.usage(id).doing(|| format!("measuring layer {id}")),
         }
     }
@@ -477,6 +482,11 @@ impl NewLayer<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Nothing is ever written to a view, so one on a parent is its parent under another number, and has no storage.
+fn shown_instead(kind: LayerKind, parent: Option<LayerId>) -> Option<LayerId> {
+    parent.filter(|_| kind == LayerKind::View)
 }
 
 fn may_have_children(layer: &Layer) -> Result<()> {

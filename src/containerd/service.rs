@@ -1,0 +1,235 @@
+//! containerd's requests as calls of [`Snapshots`].
+
+use super::{metrics::Metrics, mounts::translate, status};
+use crate::{Labels, Snapshot, Snapshots};
+use graphdriver_containerd_api::{
+    snapshots::{self as api, snapshots_server},
+    types,
+};
+use graphdriver_core::{Mount, Result, store::LayerKind};
+use prost_types::Timestamp;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+use tokio::sync::Notify;
+use tonic::{Code, Request, Response, Status};
+
+type Reply<T> = Result<Response<T>, Status>;
+
+/// Infos in one message of a listing: far below the 4 MiB that gRPC takes, as labels are bounded by what they are for.
+const PAGE: usize = 100;
+
+/// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished.
+pub(super) struct Service {
+    snapshots: Arc<Snapshots>,
+    metrics: Arc<Metrics>,
+    requests: AtomicU64,
+    /// Something was removed.
+    removed: Arc<Notify>,
+}
+
+impl Service {
+    pub(super) fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>) -> Service {
+        let removed = Arc::new(Notify::new());
+        tokio::spawn(free_removed(snapshots.clone(), removed.clone()));
+        Service { snapshots, metrics, requests: AtomicU64::new(1), removed }
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        call: Call<'_>,
+        work: impl FnOnce(&Snapshots) -> Result<T> + Send + 'static,
+    ) -> Reply<T> {
+        let request = self.requests.fetch_add(1, Ordering::Relaxed);
+        let Call { method, namespace, key } = call;
+        let span = tracing::info_span!("call", request, method, namespace, key);
+        let snapshots = self.snapshots.clone();
+        let inner = span.clone();
+        self.metrics.begun();
+        let begun = Instant::now();
+        let done = tokio::task::spawn_blocking(move || inner.in_scope(|| work(&snapshots))).await;
+        let took = begun.elapsed();
+        let reply = match done {
+            Ok(Ok(value)) => Ok(Response::new(value)),
+            Ok(Err(e)) => Err(status::status(&e)),
+            Err(e) => Err(Status::internal(format!("the call did not end: {e}"))),
+        };
+        let code = reply.as_ref().err().map_or(Code::Ok, Status::code);
+        self.metrics.ended(method, code, took);
+        let ms = took.as_millis() as u64;
+        span.in_scope(|| match &reply {
+            Ok(_) => tracing::debug!(ms, "done"),
+            // containerd asks for what may not be there, and makes what may be.
+            Err(e) if matches!(code, Code::NotFound | Code::AlreadyExists) => {
+                tracing::info!(ms, code = ?code, "{}", e.message())
+            }
+            Err(e) => tracing::warn!(ms, code = ?code, "{}", e.message()),
+        });
+        reply
+    }
+}
+
+/// What a log tells of a call.
+struct Call<'a> {
+    method: &'static str,
+    namespace: &'a str,
+    key: &'a str,
+}
+
+impl<'a> Call<'a> {
+    fn new<T>(method: &'static str, request: &'a Request<T>, key: &'a str) -> Call<'a> {
+        let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        Call { method, namespace: namespace.unwrap_or_default(), key }
+    }
+}
+
+/// Frees storage in the background, so that removing does not wait; `Cleanup` does.
+async fn free_removed(snapshots: Arc<Snapshots>, removed: Arc<Notify>) {
+    loop {
+        removed.notified().await;
+        let snapshots = snapshots.clone();
+        let freed = tokio::task::spawn_blocking(move || snapshots.free_removed()).await;
+        if let Ok(Err(e)) = freed {
+            tracing::warn!("freeing what was removed: {e}");
+        }
+    }
+}
+
+/// A snapshot that containerd cannot be told how to mount is none.
+fn translate_new(snapshots: &Snapshots, key: &str, recipe: Vec<Mount>) -> Result<Vec<types::Mount>> {
+    translate(recipe).inspect_err(|_| {
+        if let Err(e) = snapshots.remove(key) {
+            tracing::warn!("{e}");
+        }
+    })
+}
+
+fn optional(name: &str) -> Option<&str> {
+    Some(name).filter(|name| !name.is_empty())
+}
+
+fn timestamp(nanos: i64) -> Option<Timestamp> {
+    let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000) as i32);
+    Some(Timestamp { seconds, nanos })
+}
+
+fn info(snapshot: Snapshot) -> api::Info {
+    let kind = match snapshot.kind {
+        LayerKind::View => api::Kind::View,
+        LayerKind::Active => api::Kind::Active,
+        LayerKind::Committed => api::Kind::Committed,
+    };
+    api::Info {
+        name: snapshot.name,
+        parent: snapshot.parent.unwrap_or_default(),
+        kind: kind.into(),
+        created_at: timestamp(snapshot.created),
+        updated_at: timestamp(snapshot.updated),
+        labels: snapshot.labels,
+    }
+}
+
+#[tonic::async_trait]
+impl snapshots_server::Snapshots for Service {
+    async fn prepare(&self, request: Request<api::PrepareSnapshotRequest>) -> Reply<api::PrepareSnapshotResponse> {
+        let asked = request.get_ref().clone();
+        self.call(Call::new("Prepare", &request, &request.get_ref().key), move |snapshots| {
+            let recipe = snapshots.prepare(&asked.key, optional(&asked.parent), &asked.labels)?;
+            Ok(api::PrepareSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
+        })
+        .await
+    }
+
+    async fn view(&self, request: Request<api::ViewSnapshotRequest>) -> Reply<api::ViewSnapshotResponse> {
+        let asked = request.get_ref().clone();
+        self.call(Call::new("View", &request, &request.get_ref().key), move |snapshots| {
+            let recipe = snapshots.view(&asked.key, optional(&asked.parent), &asked.labels)?;
+            Ok(api::ViewSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
+        })
+        .await
+    }
+
+    async fn mounts(&self, request: Request<api::MountsRequest>) -> Reply<api::MountsResponse> {
+        let key = request.get_ref().key.clone();
+        self.call(Call::new("Mounts", &request, &request.get_ref().key), move |snapshots| {
+            Ok(api::MountsResponse { mounts: translate(snapshots.mounts(&key)?)? })
+        })
+        .await
+    }
+
+    async fn commit(&self, request: Request<api::CommitSnapshotRequest>) -> Reply<()> {
+        let asked = request.get_ref().clone();
+        self.call(Call::new("Commit", &request, &request.get_ref().key), move |snapshots| {
+            snapshots.commit(&asked.name, &asked.key, optional(&asked.parent), &asked.labels)
+        })
+        .await
+    }
+
+    async fn remove(&self, request: Request<api::RemoveSnapshotRequest>) -> Reply<()> {
+        let key = request.get_ref().key.clone();
+        let call = Call::new("Remove", &request, &request.get_ref().key);
+        let reply = self.call(call, move |snapshots| snapshots.remove(&key)).await?;
+        self.removed.notify_one();
+        Ok(reply)
+    }
+
+    async fn stat(&self, request: Request<api::StatSnapshotRequest>) -> Reply<api::StatSnapshotResponse> {
+        let key = request.get_ref().key.clone();
+        self.call(Call::new("Stat", &request, &request.get_ref().key), move |snapshots| {
+            Ok(api::StatSnapshotResponse { info: Some(info(snapshots.stat(&key)?)) })
+        })
+        .await
+    }
+
+    async fn update(&self, request: Request<api::UpdateSnapshotRequest>) -> Reply<api::UpdateSnapshotResponse> {
+        let asked = request.get_ref().info.clone().unwrap_or_default();
+        let paths = request.get_ref().update_mask.clone().unwrap_or_default().paths;
+        let (name, labels): (String, Labels) = (asked.name, asked.labels);
+        let key = name.clone();
+        self.call(Call::new("Update", &request, &key), move |snapshots| {
+            Ok(api::UpdateSnapshotResponse { info: Some(info(snapshots.update(&name, &labels, &paths)?)) })
+        })
+        .await
+    }
+
+    type ListStream = tokio_stream::Iter<std::vec::IntoIter<Result<api::ListSnapshotsResponse, Status>>>;
+
+    async fn list(&self, request: Request<api::ListSnapshotsRequest>) -> Reply<Self::ListStream> {
+        let filters = request.get_ref().filters.clone();
+        self.call(Call::new("List", &request, ""), move |snapshots| {
+            // All at once, so that the client may call for each while it reads, and still sees one point in time.
+            let mut all = snapshots.list(&filters)?.into_iter().map(info).peekable();
+            let mut pages = Vec::new();
+            while all.peek().is_some() {
+                pages.push(Ok(api::ListSnapshotsResponse { info: all.by_ref().take(PAGE).collect() }));
+            }
+            Ok(tokio_stream::iter(pages))
+        })
+        .await
+    }
+
+    async fn usage(&self, request: Request<api::UsageRequest>) -> Reply<api::UsageResponse> {
+        let key = request.get_ref().key.clone();
+        self.call(Call::new("Usage", &request, &request.get_ref().key), move |snapshots| {
+            let usage = snapshots.usage(&key)?;
+            Ok(api::UsageResponse { size: usage.bytes as i64, inodes: usage.inodes as i64 })
+        })
+        .await
+    }
+
+    async fn cleanup(&self, request: Request<api::CleanupRequest>) -> Reply<()> {
+        self.call(Call::new("Cleanup", &request, ""), |snapshots| {
+            // No error: containerd would fail its garbage collection on what is only mounted somewhere.
+            match snapshots.cleanup()? {
+                0 => {}
+                left => tracing::warn!("{left} removed layers are still in use"),
+            }
+            Ok(())
+        })
+        .await
+    }
+}

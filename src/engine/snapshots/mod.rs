@@ -1,0 +1,275 @@
+//! Snapshots: layers under the names that somebody else gives them, with the calls and errors of containerd's snapshotters.
+//!
+//! Nothing else removes these layers. The command line sees them, and cannot name them.
+
+mod chown;
+mod filter;
+mod labels;
+mod names;
+mod page;
+pub(super) mod row;
+mod sight;
+mod summary;
+
+pub use row::{Labels, Snapshot};
+pub use summary::{Figures, SnapshotSpace};
+
+use super::Engine;
+use graphdriver_core::{
+    Access, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Result, Usage,
+    store::{self, CommitInfo, LayerKind},
+};
+use names::Names;
+use sight::Mark;
+use std::{
+    fs::{File, TryLockError},
+    path::Path,
+};
+
+/// The snapshots of one store, for the one process that serves them.
+pub struct Snapshots {
+    engine: Engine,
+    names: Names,
+    _sole: File,
+}
+
+/// A name's most bytes; containerd's own are a namespace, a number and a key.
+const LONGEST_NAME: usize = 4096;
+
+impl Snapshots {
+    /// Takes the store for itself. Fails with `Busy` if another process serves its snapshots.
+    pub fn open(engine: Engine) -> Result<Snapshots> {
+        check_path(engine.layers.dir())?;
+        let path = engine.layers.dir().join("snapshotter.lock");
+        let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Snapshots { engine, names: Names::default(), _sole: lock }),
+            Err(TryLockError::WouldBlock) => {
+                let why = format!("another snapshotter serves {}", engine.layers.dir().display());
+                Err(Error::new(ErrorKind::Busy, why).hint("stop it, or use another --root"))
+            }
+            Err(TryLockError::Error(e)) => Err(e).doing(|| format!("locking {}", path.display())),
+        }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Makes an active snapshot, and tells how to mount it.
+    pub fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
+        self.make(LayerKind::Active, key, parent, labels).doing(|| format!("preparing snapshot {key:?}"))
+    }
+
+    /// Makes a snapshot that shows its parent and is never committed.
+    pub fn view(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
+        self.make(LayerKind::View, key, parent, labels).doing(|| format!("making the view {key:?}"))
+    }
+
+    fn make(&self, kind: LayerKind, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
+        check_name(key)?;
+        labels::check(labels)?;
+        let _turn = self.names.turn(key);
+        let id_maps = labels::id_maps(labels)?;
+        let limits = match kind {
+            LayerKind::View if id_maps.is_some() => {
+                return Err(Error::new(ErrorKind::Unsupported, "ids are mapped by changing the owners of files")
+                    .hint("a view takes no changes: prepare an active snapshot"));
+            }
+            // Nothing is written to it. containerd hands some labels on from other snapshots.
+            LayerKind::View => Limits::default(),
+            _ => labels::limits(labels)?,
+        };
+        let layers = &self.engine.layers;
+        let below = layers.store().read(|db| {
+            row::refuse_taken(db, key)?;
+            parent.map(|parent| row::committed(db, parent)).transpose()
+        })?;
+        let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
+        let layer = layers.create(kind, below, &options)?;
+        let mut recipe = self.recipe(layer.id(), kind)?;
+        if let Some(maps) = id_maps {
+            chown::shift(&recipe, &maps).doing(|| "mapping its ids")?;
+            recipe = self.recipe(layer.id(), kind)?;
+        }
+        layers.store().write(|tx| {
+            row::refuse_taken(tx, key)?;
+            layer.keep(tx, None)?;
+            row::insert(tx, key, layer.id(), labels)
+        })?;
+        Ok(recipe)
+    }
+
+    /// How to mount it: for writing if it is active.
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        let mounts = self.stat(key).and_then(|found| self.recipe(found.layer, found.kind));
+        mounts.doing(|| format!("describing the mounts of snapshot {key:?}"))
+    }
+
+    fn recipe(&self, layer: LayerId, kind: LayerKind) -> Result<Vec<Mount>> {
+        let access = if kind == LayerKind::Active { Access::ReadWrite } else { Access::ReadOnly };
+        let mut recipe = self.engine.layers.mount(layer, access)?;
+        Mark::of(&self.engine).put(layer, &mut recipe);
+        page::check(&recipe)?;
+        Ok(recipe)
+    }
+
+    /// Freezes an active snapshot under another name, with these labels and no others. When this returns it survives a
+    /// power cut.
+    pub fn commit(&self, name: &str, key: &str, parent: Option<&str>, labels: &Labels) -> Result<()> {
+        self.commit_inner(name, key, parent, labels).doing(|| format!("committing snapshot {key:?} as {name:?}"))
+    }
+
+    fn commit_inner(&self, name: &str, key: &str, parent: Option<&str>, labels: &Labels) -> Result<()> {
+        check_name(name)?;
+        labels::check(labels)?;
+        // Whoever comes second has to be told before his layer is frozen, and it stays as it is.
+        let _turn = self.names.turn(name);
+        let layers = &self.engine.layers;
+        let active = layers.store().read(|db| {
+            row::refuse_taken(db, name)?;
+            row::get(db, key)
+        })?;
+        if active.kind != LayerKind::Active {
+            return Err(Error::new(ErrorKind::Busy, format!("it is not active but {}", phrase(active.kind))));
+        }
+        if parent.is_some_and(|parent| active.parent.as_deref() != Some(parent)) {
+            return Err(Error::new(ErrorKind::Unsupported, "it was prepared on another parent")
+                .hint("give the parent when the snapshot is prepared"));
+        }
+        layers.commit(active.layer, &CommitInfo::default(), |tx| match row::rename(tx, key, name, labels)? {
+            true => Ok(()),
+            false => row::get(tx, key).map(drop),
+        })
+    }
+
+    /// Makes the snapshot disappear; [`cleanup`](Self::cleanup) frees its storage.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        let layers = &self.engine.layers;
+        let removed = layers.store().write(|tx| {
+            let found = row::get(tx, key)?;
+            if !store::children(tx, found.layer)?.is_empty() {
+                return Err(Error::new(ErrorKind::Busy, "it has children").hint("remove those first"));
+            }
+            row::delete(tx, key)?;
+            layers.remove_in(tx, found.layer)
+        });
+        removed.doing(|| format!("cannot remove snapshot {key:?}"))
+    }
+
+    /// What is known of it.
+    pub fn stat(&self, key: &str) -> Result<Snapshot> {
+        self.engine.layers.store().read(|db| row::get(db, key))
+    }
+
+    /// Changes labels. `paths` says which: `labels`, or `labels.NAME`; none of them: all.
+    pub fn update(&self, key: &str, labels: &Labels, paths: &[String]) -> Result<Snapshot> {
+        self.update_inner(key, labels, paths).doing(|| format!("updating snapshot {key:?}"))
+    }
+
+    fn update_inner(&self, key: &str, given: &Labels, paths: &[String]) -> Result<Snapshot> {
+        let layers = &self.engine.layers;
+        let before = self.stat(key)?;
+        let labels = merged(&before.labels, given, paths)?;
+        labels::check(&labels)?;
+        // The others take nothing more, whatever their labels say.
+        if before.kind == LayerKind::Active {
+            let (was, wanted) = (labels::limits(&before.labels), labels::limits(&labels)?);
+            if was.ok() != Some(wanted) {
+                layers.set_limits(before.layer, wanted, |_| Ok(()))?;
+            }
+        }
+        layers.store().write(|tx| {
+            // Again, as others may have changed some of them meanwhile.
+            let now = row::get(tx, key)?;
+            row::set_labels(tx, key, &merged(&now.labels, given, paths)?)?;
+            row::get(tx, key)
+        })
+    }
+
+    /// Those that pass one of the filters, by name; all, if there is no filter.
+    pub fn list(&self, filters: &[String]) -> Result<Vec<Snapshot>> {
+        let filters = filter::Filters::parse(filters)?;
+        let mut all = self.engine.layers.store().read(row::all)?;
+        all.retain(|snapshot| filters.accept(snapshot));
+        Ok(all)
+    }
+
+    /// The space that only this snapshot takes.
+    pub fn usage(&self, key: &str) -> Result<Usage> {
+        let found = self.stat(key)?;
+        self.engine.layers.usage(found.layer)
+    }
+
+    /// Frees what was removed here. What is still in use stays for the next time; returns how many layers that are.
+    pub fn free_removed(&self) -> Result<u64> {
+        self.engine.layers.sweep()
+    }
+
+    /// Frees what was removed, and what other processes left that were killed. What is still in use stays for the next
+    /// time; returns how many layers that are.
+    pub fn cleanup(&self) -> Result<u64> {
+        self.engine.layers.recover()?;
+        self.free_removed()
+    }
+}
+
+impl std::fmt::Debug for Snapshots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshots").field("store", &self.engine.layers.dir()).finish_non_exhaustive()
+    }
+}
+
+fn phrase(kind: LayerKind) -> &'static str {
+    match kind {
+        LayerKind::Active => "active",
+        LayerKind::View => "a view",
+        LayerKind::Committed => "committed",
+    }
+}
+
+fn merged(old: &Labels, given: &Labels, paths: &[String]) -> Result<Labels> {
+    if paths.is_empty() {
+        return Ok(given.clone());
+    }
+    let mut labels = old.clone();
+    for path in paths {
+        match path.strip_prefix("labels.") {
+            Some(name) => match given.get(name) {
+                Some(value) => drop(labels.insert(name.into(), value.clone())),
+                None => drop(labels.remove(name)),
+            },
+            None if path == "labels" => labels = given.clone(),
+            None => {
+                let why = format!("{path:?} of a snapshot cannot be changed");
+                return Err(Error::new(ErrorKind::InvalidInput, why).hint("labels and labels.NAME can"));
+            }
+        }
+    }
+    Ok(labels)
+}
+
+fn check_name(name: &str) -> Result<()> {
+    match name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
+        true => {
+            let why = format!("{name:.64?} is no name of a snapshot: 1 to {LONGEST_NAME} bytes without NUL");
+            Err(Error::new(ErrorKind::InvalidInput, why))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Fails if paths below `dir` cannot be told to containerd, which takes mount options apart by their commas and colons and
+/// knows no escapes.
+fn check_path(dir: &Path) -> Result<()> {
+    let odd = |c: char| matches!(c, ':' | ',' | '\\' | '"' | '\'') || c.is_whitespace();
+    match dir.to_str().is_none_or(|text| text.contains(odd)) {
+        true => {
+            let why = format!("containerd cannot be told of paths like {}", dir.display());
+            Err(Error::new(ErrorKind::InvalidInput, why)
+                .hint("use a --root without white space, quotes, commas, colons and backslashes"))
+        }
+        false => Ok(()),
+    }
+}

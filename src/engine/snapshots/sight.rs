@@ -1,0 +1,76 @@
+//! Finding what containerd has mounted: it tells nobody, but what it mounted carries our mark.
+
+use super::super::Engine;
+use graphdriver_core::{
+    LayerId, Mount,
+    mount::{self, MountInfo},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    ffi::OsStr,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+/// The source of mounts whose type takes any word for it: `graphdriver:DIR:LAYER`, DIR being the store's.
+pub(in crate::engine) struct Mark(String);
+
+impl Mark {
+    pub(in crate::engine) fn of(engine: &Engine) -> Mark {
+        Mark(format!("graphdriver:{}:", engine.layers.dir().display()))
+    }
+
+    /// Other types' sources are devices or directories.
+    pub(super) fn put(&self, layer: LayerId, recipe: &mut [Mount]) {
+        for step in recipe {
+            if step.fstype == "overlay" || step.fstype.starts_with("fuse.") {
+                step.source = format!("{}{layer}", self.0).into();
+            }
+        }
+    }
+
+    fn layer(&self, source: &OsStr) -> Option<LayerId> {
+        source.as_bytes().strip_prefix(self.0.as_bytes()).and_then(|id| std::str::from_utf8(id).ok()?.parse().ok())
+    }
+}
+
+/// A mount of a snapshot.
+pub(in crate::engine) struct Shown {
+    pub target: PathBuf,
+    pub writable: bool,
+    /// In another mount namespace.
+    pub foreign: bool,
+}
+
+/// All mounts that carry the mark, in every mount namespace that can be seen, by their layers.
+pub(in crate::engine) fn marked(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
+    let mark = Mark::of(engine);
+    let mut found: HashMap<LayerId, Vec<Shown>> = HashMap::new();
+    // A mount is in the copies of a namespace too, with another number but in the same place.
+    let mut seen = HashSet::new();
+    for (table, foreign) in tables() {
+        for MountInfo { source, mount_point, options, .. } in table {
+            let Some(layer) = mark.layer(&source) else { continue };
+            if seen.insert((layer, mount_point.clone())) {
+                let writable = options.as_bytes().split(|b| *b == b',').any(|option| option == b"rw");
+                found.entry(layer).or_default().push(Shown { target: mount_point, writable, foreign });
+            }
+        }
+    }
+    found
+}
+
+/// The table of each mount namespace, our own first, and whether it is another one.
+fn tables() -> Vec<(Vec<MountInfo>, bool)> {
+    let namespace = |pid: &str| std::fs::metadata(Path::new("/proc").join(pid).join("ns/mnt")).map(|ns| ns.ino());
+    let mut tables = vec![(mount::table().unwrap_or_default(), false)];
+    let mut seen: HashSet<u64> = namespace("self").into_iter().collect();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = process.file_name();
+        let Some((name, pid)) = name.to_str().and_then(|name| Some((name, name.parse().ok()?))) else { continue };
+        if namespace(name).is_ok_and(|namespace| seen.insert(namespace)) {
+            tables.extend(mount::table_of(pid).ok().map(|table| (table, true)));
+        }
+    }
+    tables
+}

@@ -1,0 +1,395 @@
+//! Serving: many calls at once, being killed, the socket, limits and ids, metrics, and what the command line sees.
+
+use crate::{
+    LIMIT,
+    client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, signal},
+    name, on,
+    support::isolated,
+};
+use graphdriver_containerd_api::snapshots as api;
+use nix::sys::signal::Signal;
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, chown},
+        net::UnixDatagram,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+use tonic::Code;
+
+fn here(test: &str) -> String {
+    name(module_path!(), test)
+}
+
+#[test]
+fn two_hundred_at_once() {
+    on(&here("two_hundred_at_once"), "overlay2", |s| {
+        s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
+        s.block_on(async {
+            let calls = (0..200).map(|n| {
+                let mut client = s.another();
+                tokio::spawn(async move {
+                    let (key, name) = (format!("key-{n}"), format!("name-{n}"));
+                    let parent = "base".to_string();
+                    let prepare = api::PrepareSnapshotRequest { key: key.clone(), parent, ..Default::default() };
+                    assert_eq!(client.prepare(prepare).await.unwrap().into_inner().mounts.len(), 1);
+                    let commit = api::CommitSnapshotRequest { key, name: name.clone(), ..Default::default() };
+                    client.commit(commit).await.unwrap();
+                    let remove = api::RemoveSnapshotRequest { key: name, ..Default::default() };
+                    client.remove(remove).await.unwrap();
+                })
+            });
+            for call in calls.collect::<Vec<_>>() {
+                call.await.unwrap();
+            }
+        });
+        s.cleanup().unwrap();
+        assert_eq!((s.names(&[]), s.stored().len()), (vec!["base".to_string()], 1));
+    });
+}
+
+#[test]
+fn of_two_commits_to_one_name_one_stays_writable() {
+    on(&here("of_two_commits_to_one_name_one_stays_writable"), "overlay2", |s| {
+        for round in 0..10 {
+            for key in ["a", "b"] {
+                s.prepare(&format!("{key}{round}"), "").unwrap();
+            }
+            let commit = |key: &str| {
+                let (mut client, key, name) = (s.another(), format!("{key}{round}"), format!("name{round}"));
+                async move { client.commit(api::CommitSnapshotRequest { key, name, ..Default::default() }).await }
+            };
+            let (a, b) = s.block_on(async { tokio::join!(commit("a"), commit("b")) });
+            let (lost, loser) = if a.is_ok() { (b, "b") } else { (a, "a") };
+            refused(lost, Code::AlreadyExists);
+            let tree = Tree::of(&s.mounts(&format!("{loser}{round}")).unwrap());
+            fs::write(tree.path().join("file"), "still writable").unwrap();
+        }
+    });
+}
+
+#[test]
+fn killed_at_any_moment_it_loses_nothing_that_was_told() {
+    on(&here("killed_at_any_moment_it_loses_nothing_that_was_told"), "overlay2", |mut s| {
+        let dir = s.root.parent().unwrap().to_owned();
+        s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
+        let mut known: BTreeSet<String> = ["base".into()].into();
+        for round in 0..12u64 {
+            let killer = {
+                let pid = nix::unistd::Pid::from_raw(s.child.id() as i32);
+                std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_millis(40 + round * 17));
+                    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+                })
+            };
+            // What was begun and not answered may be there or not.
+            let mut unsure = BTreeSet::new();
+            for n in 0.. {
+                let (key, name) = (format!("key-{round}-{n}"), format!("name-{round}-{n}"));
+                unsure = [key.clone()].into();
+                if s.prepare(&key, "base").is_err() {
+                    break;
+                }
+                known.insert(key.clone());
+                unsure = [key.clone(), name.clone()].into();
+                if s.commit(&name, &key).is_err() {
+                    known.remove(&key);
+                    break;
+                }
+                known.remove(&key);
+                known.insert(name.clone());
+                unsure = [name.clone()].into();
+                if n % 2 == 0 {
+                    let removed = s.remove(&name);
+                    known.remove(&name);
+                    if removed.is_err() {
+                        break;
+                    }
+                }
+            }
+            killer.join().unwrap();
+            s.child.wait().unwrap();
+            assert!(s.socket.exists(), "nobody took it away");
+            s = Service::start(&dir, "overlay2");
+            let there: BTreeSet<_> = s.names(&[]).into_iter().collect();
+            assert!(there.is_superset(&known), "lost {:?}", known.difference(&there));
+            assert!(there.difference(&known).all(|name| unsure.contains(name)), "{there:?} {known:?} {unsure:?}");
+            for name in &there {
+                assert_eq!(fs::read_to_string(Tree::of(&s.mounts(name).unwrap()).path().join("file")).unwrap(), "text");
+            }
+            s.cleanup().unwrap();
+            assert_eq!(s.stored().len(), there.len());
+            known = there;
+        }
+    });
+}
+
+#[test]
+fn stopped_it_finishes_what_it_has_begun() {
+    on(&here("stopped_it_finishes_what_it_has_begun"), "overlay2", |mut s| {
+        let dir = s.root.parent().unwrap().to_owned();
+        let mut done = BTreeSet::new();
+        for round in 0..3u64 {
+            let pid = nix::unistd::Pid::from_raw(s.child.id() as i32);
+            let told = s.block_on(async {
+                let calls = (0..100).map(|n| {
+                    let mut client = s.another();
+                    let key = format!("key-{round}-{n}");
+                    let asked = api::PrepareSnapshotRequest { key: key.clone(), ..Default::default() };
+                    tokio::spawn(async move { (key, client.prepare(asked).await) })
+                });
+                let calls: Vec<_> = calls.collect();
+                tokio::time::sleep(Duration::from_millis(10 + 15 * round)).await;
+                nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+                let mut told = Vec::new();
+                for call in calls {
+                    told.push(call.await.unwrap());
+                }
+                told
+            });
+            assert!(s.child.wait().unwrap().success());
+            done.extend(told.into_iter().filter(|(_, reply)| reply.is_ok()).map(|(key, _)| key));
+            s = Service::start(&dir, "overlay2");
+            // Nothing is there that nobody was told of: no call was cut off.
+            assert_eq!(s.names(&[]).into_iter().collect::<BTreeSet<_>>(), done);
+            assert_eq!(s.stored().len(), done.len());
+        }
+        assert!(!done.is_empty());
+    });
+}
+
+#[test]
+fn the_socket_is_roots_alone_and_one_service_has_it() {
+    on(&here("the_socket_is_roots_alone_and_one_service_has_it"), "overlay2", |s| {
+        let dir = s.root.parent().unwrap();
+        assert_eq!(fs::metadata(&s.socket).unwrap().mode() & 0o777, 0o600);
+        let second = |root: &str, socket: &str| {
+            let mut command = graphdriver(&dir.join(root), "overlay2");
+            let out = command.args(["snapshotter", "--socket"]).arg(dir.join(socket)).output().unwrap();
+            (out.status.code(), String::from_utf8(out.stderr).unwrap())
+        };
+        let (code, said) = second("root", "elsewhere");
+        assert!(code == Some(5) && said.contains("another snapshotter serves"), "{said}");
+        let (code, said) = second("other", "socket");
+        assert!(code == Some(5) && said.contains("another snapshotter listens there"), "{said}");
+        assert!(s.names(&[]).is_empty(), "the first one goes on");
+    });
+}
+
+/// As systemd does it: the socket as descriptor 3, and a socket for what it is told.
+#[test]
+fn systemd_hands_over_the_socket_and_is_told() {
+    let test = here("systemd_hands_over_the_socket_and_is_told");
+    isolated(&test, LIMIT, |dir| {
+        let told = UnixDatagram::bind(dir.join("notify")).unwrap();
+        told.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let hear = || {
+            let mut buffer = [0; 256];
+            let length = told.recv(&mut buffer).unwrap_or_else(|e| panic!("{e}: {}", log_of(&dir.join("socket"))));
+            String::from_utf8_lossy(&buffer[..length]).into_owned()
+        };
+        let launcher = "
+import os, socket, sys
+s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()
+os.dup2(s.fileno(), 3) if s.fileno() != 3 else s.set_inheritable(True)
+os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])";
+        fs::write(dir.join("config.json"), "{}").unwrap();
+        let child = Command::new("python3")
+            .args(["-c", launcher])
+            .arg(dir.join("socket"))
+            .args([BINARY, "--storage-driver", "overlay2", "--root"])
+            .arg(dir.join("root"))
+            .args(["snapshotter", "--socket", "/nonexistent/socket", "--log-format", "json"])
+            .env("NOTIFY_SOCKET", dir.join("notify"))
+            .env("GRAPHDRIVER_CONFIG", dir.join("config.json"))
+            .stderr(fs::File::create(dir.join("log")).unwrap())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut s = Service::connect(child, dir.join("socket"), dir.join("root"), "overlay2");
+        assert_eq!(hear().trim(), "READY=1");
+        refused(s.stat("missing"), Code::NotFound);
+        signal(&s.child, Signal::SIGTERM);
+        assert_eq!(hear().trim(), "STOPPING=1");
+        assert!(s.child.wait().unwrap().success());
+        assert!(dir.join("socket").exists(), "it is systemd's");
+        let log = log_of(&dir.join("socket"));
+        let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let call = lines.iter().find(|line| line["span"]["method"] == "Stat").unwrap_or_else(|| panic!("{log}"));
+        assert_eq!((&call["span"]["key"], &call["code"]), (&"missing".into(), &"NotFound".into()));
+        assert!(call["span"]["request"].is_u64(), "{call}");
+    });
+}
+
+#[test]
+fn a_size_is_a_real_limit_or_refused() {
+    on(&here("a_size_is_a_real_limit_or_refused"), "overlay2", |s| {
+        // A tmpfs has no project quotas.
+        for label in ["containerd.io/snapshot/max-size", "graphdriver.io/size", "graphdriver.io/inodes"] {
+            refused(s.prepare_with("key", "", labels(&[(label, "1048576")])), Code::FailedPrecondition);
+            refused(s.prepare_with("key", "", labels(&[(label, "-1")])), Code::InvalidArgument);
+        }
+        s.prepare("key", "").unwrap();
+        let mut info = s.stat("key").unwrap();
+        info.labels = labels(&[("graphdriver.io/size", "1M")]);
+        refused(s.update(info, &[]), Code::FailedPrecondition);
+        assert!(s.stat("key").unwrap().labels.is_empty());
+        // A label of what takes nothing more is only a label.
+        s.commit_with("done", "key", labels(&[("graphdriver.io/size", "much")])).unwrap();
+        let mut info = s.stat("done").unwrap();
+        info.labels.insert("a".into(), "b".into());
+        s.update(info, &[]).unwrap();
+        s.cleanup().unwrap();
+        assert_eq!(s.stored().len(), 1);
+    });
+}
+
+#[cfg(feature = "btrfs")]
+#[test]
+fn a_size_limits_what_is_written() {
+    on(&here("a_size_limits_what_is_written"), "btrfs", |s| {
+        let root = s.root.to_str().unwrap().to_owned();
+        let dir = s.root.parent().unwrap().to_owned();
+        assert!(s.stop().success());
+        crate::system("btrfs", &["quota", "enable", &root]);
+        let s = Service::start(&dir, "btrfs");
+        let fill = |key: &str, bytes: usize| {
+            let tree = Tree::of(&s.mounts(key).unwrap());
+            let written = fs::write(tree.path().join("file"), vec![7; bytes]);
+            written.and_then(|()| fs::File::open(tree.path().join("file"))?.sync_all())
+        };
+        s.prepare_with("key", "", labels(&[("containerd.io/snapshot/max-size", "8388608")])).unwrap();
+        fill("key", 1 << 20).unwrap();
+        assert!(fill("key", 16 << 20).is_err());
+        let mut info = s.stat("key").unwrap();
+        info.labels = labels(&[("graphdriver.io/size", "64M")]);
+        s.update(info, &[]).unwrap();
+        fill("key", 16 << 20).unwrap();
+    });
+}
+
+#[test]
+fn ids_are_mapped_by_changing_owners() {
+    on(&here("ids_are_mapped_by_changing_owners"), "overlay2", |s| {
+        s.layer("base", "", |dir| {
+            for name in ["plain", "setuid", "first"] {
+                fs::write(dir.join(name), name).unwrap();
+            }
+            fs::hard_link(dir.join("first"), dir.join("second")).unwrap();
+            chown(dir.join("plain"), Some(5), Some(6)).unwrap();
+            fs::set_permissions(dir.join("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
+            std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
+            let made =
+                Command::new("setcap").arg("cap_net_raw+ep").arg(seen_by_others(&dir.join("first"))).status().unwrap();
+            assert!(made.success());
+        });
+        let maps = |users: &str, groups: &str| {
+            labels(&[("containerd.io/snapshot/uidmapping", users), ("containerd.io/snapshot/gidmapping", groups)])
+        };
+        let mounts = s.prepare_with("mapped", "base", maps("0:1000:100", "0:2000:100")).unwrap();
+        let tree = Tree::of(&mounts);
+        let owner = |name: &str| fs::symlink_metadata(tree.path().join(name)).map(|s| (s.uid(), s.gid())).unwrap();
+        assert_eq!([".", "setuid", "first", "second", "link"].map(owner), [(1000, 2000); 5]);
+        assert_eq!(owner("plain"), (1005, 2006));
+        assert_eq!(fs::metadata(tree.path().join("setuid")).unwrap().mode() & 0o7777, 0o4755);
+        let out = Command::new("getcap").arg("-n").arg(seen_by_others(&tree.path().join("first"))).output().unwrap();
+        let said = String::from_utf8(out.stdout).unwrap();
+        assert!(said.contains("cap_net_raw=ep") && said.contains("[rootid=1000]"), "{said}");
+        drop(tree);
+        // The parent is as it was.
+        assert_eq!(fs::metadata(Tree::of(&s.view("view", "base").unwrap()).path().join("plain")).unwrap().uid(), 5);
+        refused(s.prepare_with("small", "base", maps("0:1000:2", "0:1000:2")), Code::InvalidArgument);
+        let half = labels(&[("containerd.io/snapshot/uidmapping", "0:1:2")]);
+        refused(s.prepare_with("half", "base", half), Code::InvalidArgument);
+        s.cleanup().unwrap();
+        assert_eq!(s.stored().len(), 2);
+    });
+}
+
+#[test]
+fn prometheus_is_answered_on_this_host_alone() {
+    on(&here("prometheus_is_answered_on_this_host_alone"), "overlay2", |s| {
+        let dir = s.root.parent().unwrap().to_owned();
+        s.layer("base", "", |_| ());
+        assert!(s.stop().success());
+        let refused_address = {
+            let mut command = graphdriver(&dir.join("root"), "overlay2");
+            command
+                .args(["snapshotter", "--metrics", "0.0.0.0:0", "--socket"])
+                .arg(dir.join("socket"))
+                .output()
+                .unwrap()
+        };
+        assert_eq!(refused_address.status.code(), Some(2));
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let s = Service::start_with(&dir, "overlay2", &["--metrics", &address]);
+        refused(s.stat("missing"), Code::NotFound);
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        for line in [
+            "graphdriver_calls_total{code=\"NotFound\",method=\"Stat\"} 1",
+            "graphdriver_layers{driver=\"overlay2\",kind=\"committed\"} 1",
+            "graphdriver_call_seconds_count{method=\"Stat\"} 1",
+            "graphdriver_mounts 0",
+            "graphdriver_reclaimable_bytes 0",
+        ] {
+            assert!(answer.contains(line), "{line} is not in {answer}");
+        }
+    });
+}
+
+/// Everything that removes, and the opening that removes what nobody refers to.
+#[test]
+fn the_command_line_sees_snapshots_and_removes_none() {
+    on(&here("the_command_line_sees_snapshots_and_removes_none"), "overlay2", |s| {
+        s.layer("base", "", |dir| fs::write(dir.join("file"), vec![1; 100_000]).unwrap());
+        let mounts = s.prepare("work", "base").unwrap();
+        s.command(&["image", "prune", "-a"]);
+        for command in [&["rm", "-f", "work"][..], &["rmi", "-f", "base"]] {
+            let out = graphdriver(&s.root, "overlay2").args(command).output().unwrap();
+            assert_eq!(out.status.code(), Some(3), "{command:?}");
+        }
+        let df = s.command(&["df", "-v"]);
+        assert!(df.contains("SNAPSHOT") && df.contains("base") && df.contains("work"), "{df}");
+        let total: serde_json::Value = serde_json::from_str(&s.command(&["--format", "json", "df"])).unwrap();
+        let snapshots = &total[2];
+        assert_eq!((&snapshots["Type"], &snapshots["TotalCount"]), (&"Snapshots".into(), &2.into()));
+        assert!(snapshots["Size"].as_u64() > Some(100_000) && snapshots["Reclaimable"] == 0, "{total}");
+        assert!(s.command(&["info"]).contains("Snapshots: 2"));
+        let inspected = s.command(&["inspect", "--type", "snapshot", "work"]);
+        assert!(inspected.contains("upperdir=") && inspected.contains("\"Parent\": \"base\""), "{inspected}");
+        mounted_as_containerd_does(&s, &mounts);
+        assert_eq!(s.names(&[]), ["base", "work"]);
+        assert_eq!(s.stored().len(), 2);
+    });
+}
+
+fn mounted_as_containerd_does(s: &Service, mounts: &[graphdriver_containerd_api::types::Mount]) {
+    let target = s.root.with_file_name("target");
+    fs::create_dir(&target).unwrap();
+    let target = target.to_str().unwrap();
+    crate::system("mount", &["-t", &mounts[0].r#type, &mounts[0].source, target, "-o", &mounts[0].options.join(",")]);
+    let listed = s.command(&["mounts"]);
+    assert!(listed.contains(target) && listed.contains("snapshot"), "{listed}");
+    let out = graphdriver(&s.root, "overlay2").args(["umount", target]).output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(5) && said.contains("containerd mounted"), "{said}");
+    crate::system("umount", &[target]);
+    assert!(!Path::new(target).join("file").exists());
+}
+
+/// A path below a descriptor of this process, for another one.
+fn seen_by_others(path: &Path) -> PathBuf {
+    let rest = path.strip_prefix("/proc/self").unwrap();
+    Path::new("/proc").join(std::process::id().to_string()).join(rest)
+}

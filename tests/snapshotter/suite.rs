@@ -1,0 +1,381 @@
+//! What containerd's own suite holds a snapshotter to, case by case, through the socket.
+
+use crate::client::{Service, Tree, labels, refused};
+use graphdriver_containerd_api::snapshots::Kind;
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    path::Path,
+};
+use tonic::Code;
+
+/// Files by their paths; a directory has none.
+fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    fn below(dir: &Path, at: &str, all: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            let name = format!("{at}/{}", entry.file_name().to_str().unwrap());
+            match entry.file_type().unwrap().is_dir() {
+                true => {
+                    all.insert(name.clone(), Vec::new());
+                    below(&entry.path(), &name, all);
+                }
+                false => drop(all.insert(name, fs::read(entry.path()).unwrap())),
+            }
+        }
+    }
+    let mut all = BTreeMap::new();
+    below(root, "", &mut all);
+    all
+}
+
+fn write(root: &Path, name: &str, text: &str) {
+    fs::write(root.join(name), text).unwrap();
+}
+
+fn read(root: &Path, name: &str) -> String {
+    fs::read_to_string(root.join(name)).unwrap()
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+pub fn from_prepare_to_removal(s: &Service) {
+    let mounts = s.prepare("work", "").unwrap();
+    assert_eq!(mounts, s.mounts("work").unwrap());
+    {
+        let tree = Tree::of(&mounts);
+        write(tree.path(), "foo", "foo\n");
+        fs::create_dir_all(tree.path().join("a/b/c")).unwrap();
+    }
+    s.commit("base", "work").unwrap();
+    refused(s.stat("work"), Code::NotFound);
+    let base = s.stat("base").unwrap();
+    assert_eq!((base.parent.as_str(), base.kind()), ("", Kind::Committed));
+    {
+        let tree = Tree::of(&s.prepare("next", "base").unwrap());
+        assert_eq!(read(tree.path(), "foo"), "foo\n");
+        write(tree.path(), "bar", "bar\n");
+        fs::remove_dir(tree.path().join("a/b/c")).unwrap();
+    }
+    s.commit("top", "next").unwrap();
+    let tree = Tree::of(&s.view("look", "top").unwrap());
+    assert_eq!(files(tree.path()).into_keys().collect::<Vec<_>>(), ["/a", "/a/b", "/bar", "/foo"]);
+    drop(tree);
+    assert!(s.usage("base").unwrap().inodes > 0);
+    assert_eq!((s.usage("look").unwrap().size, s.usage("look").unwrap().inodes), (0, 0));
+    for used in ["base", "top"] {
+        assert!(refused(s.remove(used), Code::FailedPrecondition).contains("remove"));
+    }
+    for key in ["look", "top", "base"] {
+        s.remove(key).unwrap();
+        refused(s.remove(key), Code::NotFound);
+    }
+    s.cleanup().unwrap();
+    assert!(s.names(&[]).is_empty() && s.stored().is_empty(), "{:?}", s.stored());
+}
+
+pub fn stat_tells_kinds_and_parents(s: &Service) {
+    s.prepare("active", "").unwrap();
+    let active = s.stat("active").unwrap();
+    assert_eq!((active.name.as_str(), active.kind(), active.parent.as_str()), ("active", Kind::Active, ""));
+    assert!(active.created_at.is_some() && active.created_at == active.updated_at);
+    s.commit("committed", "active").unwrap();
+    let committed = s.stat("committed").unwrap();
+    assert_eq!((committed.kind(), committed.created_at == committed.updated_at), (Kind::Committed, true));
+    s.view("view", "committed").unwrap();
+    let view = s.stat("view").unwrap();
+    assert_eq!((view.kind(), view.parent.as_str()), (Kind::View, "committed"));
+    refused(s.stat("missing"), Code::NotFound);
+    refused(s.mounts("missing"), Code::NotFound);
+    refused(s.usage("missing"), Code::NotFound);
+}
+
+pub fn parents_are_passed_on(s: &Service) {
+    s.layer("one", "", |dir| write(dir, "1", "1"));
+    s.layer("two", "one", |dir| write(dir, "2", "2"));
+    s.prepare("three", "two").unwrap();
+    let parents: Vec<_> = ["one", "two", "three"].iter().map(|key| s.stat(key).unwrap().parent).collect();
+    assert_eq!(parents, ["", "one", "two"]);
+    assert_eq!(files(Tree::of(&s.mounts("three").unwrap()).path()).len(), 2);
+}
+
+pub fn taken_keys_and_wrong_parents_are_refused(s: &Service) {
+    s.layer("base", "", |_| ());
+    s.prepare("active", "base").unwrap();
+    s.view("view", "base").unwrap();
+    for taken in ["base", "active", "view"] {
+        refused(s.prepare(taken, "base"), Code::AlreadyExists);
+        refused(s.view(taken, "base"), Code::AlreadyExists);
+        refused(s.commit(taken, "active"), Code::AlreadyExists);
+    }
+    for parent in ["active", "view"] {
+        refused(s.prepare("new", parent), Code::InvalidArgument);
+        refused(s.view("new", parent), Code::InvalidArgument);
+    }
+    refused(s.prepare("new", "missing"), Code::NotFound);
+    refused(s.view("new", "missing"), Code::NotFound);
+    refused(s.commit("new", "missing"), Code::NotFound);
+    refused(s.commit("new", "view"), Code::FailedPrecondition);
+    refused(s.commit("new", "base"), Code::FailedPrecondition);
+    refused(s.prepare("", "base"), Code::InvalidArgument);
+    // What was refused changed nothing.
+    let tree = Tree::of(&s.mounts("active").unwrap());
+    write(tree.path(), "still", "writable");
+    assert_eq!(s.names(&[]), ["active", "base", "view"]);
+}
+
+pub fn labels_change_and_parents_do_not(s: &Service) {
+    s.layer("one", "", |_| ());
+    s.layer("other", "", |_| ());
+    s.prepare_with("two-active", "one", labels(&[("a", "1"), ("empty", "")])).unwrap();
+    assert_eq!(s.stat("two-active").unwrap().labels, labels(&[("a", "1")]));
+    s.commit_with("two", "two-active", labels(&[("b", "2")])).unwrap();
+    let mut info = s.stat("two").unwrap();
+    assert_eq!(info.labels, labels(&[("b", "2")]));
+
+    info.labels = labels(&[("c", "3"), ("d.e/f", "4")]);
+    let updated = s.update(info.clone(), &[]).unwrap();
+    assert_eq!((&updated.labels, updated.updated_at != info.updated_at), (&info.labels, true));
+    assert_eq!(updated.created_at, info.created_at);
+
+    info.labels = labels(&[("d.e/f", "5"), ("ignored", "x")]);
+    let updated = s.update(info.clone(), &["labels.d.e/f", "labels.c"]).unwrap();
+    assert_eq!(updated.labels, labels(&[("d.e/f", "5")]));
+    info.labels = labels(&[("g", "6")]);
+    assert_eq!(s.update(info.clone(), &["labels"]).unwrap().labels, info.labels);
+
+    info.parent = "other".into();
+    for path in ["parent", "kind", "name", "created_at", "labelsx"] {
+        refused(s.update(info.clone(), &["labels.g", path]), Code::InvalidArgument);
+    }
+    assert_eq!(s.update(info.clone(), &[]).unwrap().parent, "one");
+    info.name = "missing".into();
+    refused(s.update(info, &[]), Code::NotFound);
+    refused(s.prepare_with("long", "one", labels(&[("a", &"x".repeat(4096))])), Code::InvalidArgument);
+}
+
+pub fn removed_keys_can_be_used_again(s: &Service) {
+    s.layer("base", "", |_| ());
+    for text in ["first", "second"] {
+        let tree = Tree::of(&s.prepare("key", "base").unwrap());
+        assert!(files(tree.path()).is_empty());
+        write(tree.path(), "file", text);
+        drop(tree);
+        s.remove("key").unwrap();
+    }
+    s.cleanup().unwrap();
+    assert_eq!(s.stored().len(), 1);
+}
+
+pub fn listings_take_filters_and_calls_meanwhile(s: &Service) {
+    s.layer("base", "", |_| ());
+    for n in 0..250 {
+        s.view(&format!("view-{n:03}"), "base").unwrap();
+    }
+    s.prepare_with("work", "base", labels(&[("who", "me")])).unwrap();
+    assert_eq!(s.list(&[]).unwrap().len(), 252);
+    assert_eq!(s.names(&["kind==active"]), ["work"]);
+    assert_eq!(s.names(&["labels.who==me"]), ["work"]);
+    assert_eq!(s.names(&["kind==committed", "labels.who"]), ["base", "work"]);
+    assert_eq!(s.names(&["parent==base,name~=/view-00[12]/"]), ["view-001", "view-002"]);
+    refused(s.list(&["kind="]), Code::InvalidArgument);
+    let asked = graphdriver_containerd_api::snapshots::ListSnapshotsRequest::default();
+    let mut stream = s.block_on(s.another().list(asked)).unwrap().into_inner();
+    let mut seen = 0;
+    while let Some(page) = s.block_on(stream.message()).unwrap() {
+        for info in page.info {
+            assert_eq!(s.stat(&info.name).unwrap().name, info.name);
+            if info.kind() == Kind::View {
+                s.remove(&info.name).unwrap();
+            }
+            seen += 1;
+        }
+    }
+    assert_eq!((seen, s.names(&[]).len()), (252, 2));
+}
+
+pub fn edits_within_a_second_are_kept(s: &Service) {
+    s.layer("one", "", |dir| write(dir, "file", "first"));
+    s.layer("two", "one", |dir| write(dir, "file", "other"));
+    s.layer("three", "two", |dir| write(dir, "file", "third"));
+    for (name, text) in [("one", "first"), ("two", "other"), ("three", "third")] {
+        assert_eq!(read(Tree::of(&s.view(&format!("{name}-view"), name).unwrap()).path(), "file"), text);
+    }
+}
+
+pub fn a_directory_made_again_hides_the_old_one(s: &Service) {
+    s.layer("one", "", |dir| {
+        fs::create_dir_all(dir.join("dir/sub")).unwrap();
+        write(dir, "dir/old", "old");
+    });
+    s.layer("two", "one", |dir| {
+        fs::remove_dir_all(dir.join("dir")).unwrap();
+        fs::create_dir(dir.join("dir")).unwrap();
+        write(dir, "dir/new", "new");
+    });
+    s.layer("three", "two", |dir| write(dir, "dir/more", "more"));
+    let tree = Tree::of(&s.view("look", "three").unwrap());
+    assert_eq!(files(tree.path()).into_keys().collect::<Vec<_>>(), ["/dir", "/dir/more", "/dir/new"]);
+}
+
+pub fn an_owner_alone_can_change(s: &Service) {
+    s.layer("one", "", |dir| {
+        fs::create_dir(dir.join("opt")).unwrap();
+        write(dir, "opt/file", "text");
+    });
+    s.layer("two", "one", |dir| {
+        chown(dir.join("opt"), Some(1), Some(2)).unwrap();
+        chown(dir.join("opt/file"), Some(3), Some(4)).unwrap();
+    });
+    let tree = Tree::of(&s.view("look", "two").unwrap());
+    let owner = |name: &str| fs::metadata(tree.path().join(name)).map(|stat| (stat.uid(), stat.gid())).unwrap();
+    assert_eq!((owner("opt"), owner("opt/file")), ((1, 2), (3, 4)));
+    assert_eq!(read(tree.path(), "opt/file"), "text");
+}
+
+pub fn modes_of_directories_survive(s: &Service) {
+    let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    s.layer("one", "", |dir| {
+        for (name, mode) in [("a", 0o700), ("b", 0o1777), ("c", 0o755)] {
+            fs::create_dir(dir.join(name)).unwrap();
+            set(&dir.join(name), mode);
+        }
+    });
+    s.layer("two", "one", |dir| {
+        set(&dir.join("a"), 0o750);
+        fs::remove_dir(dir.join("c")).unwrap();
+        fs::create_dir(dir.join("c")).unwrap();
+        set(&dir.join("c"), 0o2711);
+    });
+    let tree = Tree::of(&s.prepare("look", "two").unwrap());
+    assert_eq!(["a", "b", "c"].map(|name| mode(&tree.path().join(name))), [0o750, 0o1777, 0o2711]);
+}
+
+pub fn no_removal_below_children(s: &Service) {
+    s.layer("one", "", |dir| write(dir, "file", "1"));
+    s.layer("two", "one", |dir| write(dir, "file", "2"));
+    s.prepare("three", "two").unwrap();
+    for below in ["one", "two"] {
+        refused(s.remove(below), Code::FailedPrecondition);
+    }
+    s.cleanup().unwrap();
+    assert_eq!(read(Tree::of(&s.mounts("three").unwrap()).path(), "file"), "2");
+    for key in ["three", "two", "one"] {
+        s.remove(key).unwrap();
+    }
+}
+
+pub fn what_was_deleted_stays_deleted(s: &Service) {
+    s.layer("one", "", |dir| {
+        write(dir, "file", "1");
+        fs::create_dir_all(dir.join("tree/sub")).unwrap();
+    });
+    s.layer("two", "one", |dir| {
+        fs::remove_file(dir.join("file")).unwrap();
+        fs::remove_dir_all(dir.join("tree")).unwrap();
+    });
+    s.layer("three", "two", |dir| write(dir, "other", "3"));
+    let tree = Tree::of(&s.prepare("look", "three").unwrap());
+    assert_eq!(files(tree.path()).into_keys().collect::<Vec<_>>(), ["/other"]);
+}
+
+pub fn files_of_lower_layers_move_and_have_links(s: &Service) {
+    s.layer("one", "", |dir| {
+        fs::create_dir(dir.join("dir1")).unwrap();
+        write(dir, "dir1/f1", "foo");
+        fs::create_dir(dir.join("dir2")).unwrap();
+    });
+    s.layer("two", "one", |dir| {
+        fs::hard_link(dir.join("dir1/f1"), dir.join("dir2/link")).unwrap();
+        fs::rename(dir.join("dir1/f1"), dir.join("dir2/f2")).unwrap();
+    });
+    let tree = Tree::of(&s.view("look", "two").unwrap());
+    assert_eq!(files(tree.path()).into_keys().collect::<Vec<_>>(), ["/dir1", "/dir2", "/dir2/f2", "/dir2/link"]);
+    assert_eq!((read(tree.path(), "dir2/f2"), read(tree.path(), "dir2/link")), ("foo".into(), "foo".into()));
+}
+
+pub fn views_are_read_only(s: &Service) {
+    s.layer("base", "", |dir| write(dir, "file", "text"));
+    for (key, parent) in [("view", "base"), ("empty", "")] {
+        let tree = Tree::of(&s.view(key, parent).unwrap());
+        let failed = fs::write(tree.path().join("new"), "x").unwrap_err();
+        assert_eq!(failed.kind(), std::io::ErrorKind::ReadOnlyFilesystem, "{key}");
+        refused(s.commit("new", key), Code::FailedPrecondition);
+    }
+    // So is what is committed.
+    let tree = Tree::of(&s.mounts("base").unwrap());
+    assert!(fs::write(tree.path().join("new"), "x").is_err());
+}
+
+pub fn the_root_has_mode_0755(s: &Service) {
+    let tree = Tree::of(&s.prepare("base-active", "").unwrap());
+    assert_eq!(mode(&tree.path().join(".")), 0o755);
+    drop(tree);
+    s.commit("base", "base-active").unwrap();
+    assert_eq!(mode(&Tree::of(&s.prepare("work", "base").unwrap()).path().join(".")), 0o755);
+    assert_eq!(mode(&Tree::of(&s.view("view", "base").unwrap()).path().join(".")), 0o755);
+}
+
+pub fn directories_and_files_are_renamed(s: &Service) {
+    s.layer("one", "", |dir| {
+        fs::create_dir(dir.join("made")).unwrap();
+        write(dir, "made/file", "1");
+        write(dir, "plain", "2");
+    });
+    s.layer("two", "one", |dir| {
+        fs::rename(dir.join("plain"), dir.join("renamed")).unwrap();
+        // Where directories of lower layers cannot be renamed, mv(1) copies.
+        match fs::rename(dir.join("made"), dir.join("moved")) {
+            Err(e) if e.kind() == std::io::ErrorKind::CrossesDevices => {
+                fs::create_dir(dir.join("moved")).unwrap();
+                fs::rename(dir.join("made/file"), dir.join("moved/file")).unwrap();
+                fs::remove_dir(dir.join("made")).unwrap();
+            }
+            renamed => renamed.unwrap(),
+        }
+    });
+    let tree = Tree::of(&s.view("look", "two").unwrap());
+    let all = files(tree.path());
+    assert_eq!(all.keys().collect::<Vec<_>>(), ["/moved", "/moved/file", "/renamed"]);
+    assert_eq!(all["/moved/file"], b"1");
+}
+
+pub fn each_of_128_layers_equals_a_flat_copy(s: &Service) {
+    let mut flat = BTreeMap::new();
+    let mut parent = String::new();
+    for n in 0..128 {
+        let name = format!("layer-{n}");
+        let mounts = s.prepare(&format!("{name}-active"), &parent).unwrap();
+        let tree = Tree::of(&mounts);
+        assert_eq!(files(tree.path()), flat, "below layer {n}");
+        for (file, text) in [(format!("own-{n}"), n.to_string()), (format!("shared-{}", n % 7), format!("by {n}"))] {
+            write(tree.path(), &file, &text);
+            flat.insert(format!("/{file}"), text.into_bytes());
+        }
+        if n % 5 == 4 {
+            let gone = format!("own-{}", n - 2);
+            fs::remove_file(tree.path().join(&gone)).unwrap();
+            flat.remove(&format!("/{gone}"));
+        }
+        drop(tree);
+        s.commit(&name, &format!("{name}-active")).unwrap();
+        parent = name;
+    }
+    assert_eq!(files(Tree::of(&s.view("look", &parent).unwrap()).path()), flat);
+}
+
+/// containerd's own interface is closed twice; here the service is stopped, and its successor too.
+pub fn stopped_twice_it_has_everything(s: Service) {
+    let (dir, driver) = (s.root.parent().unwrap().to_owned(), s.driver.clone());
+    s.layer("base", "", |dir| write(dir, "file", "text"));
+    s.prepare("work", "base").unwrap();
+    assert!(s.stop().success());
+    assert!(!dir.join("socket").exists());
+    assert!(Service::start(&dir, &driver).stop().success());
+    let s = Service::start(&dir, &driver);
+    assert_eq!(s.names(&[]), ["base", "work"]);
+    assert_eq!(read(Tree::of(&s.mounts("work").unwrap()).path(), "file"), "text");
+}
