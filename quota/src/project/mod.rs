@@ -43,6 +43,8 @@ pub const RANGE: RangeInclusive<u32> = 1_900_000_000..=1_999_999_999;
 /// transaction might take.
 const ROOM_BYTES: u64 = 1 << 20;
 const ROOM_INODES: u64 = 8;
+/// How often it is left that in all.
+const ROOMS: u64 = 16;
 
 /// The largest block, to which xfs rounds limits up.
 const BLOCK: u64 = 64 << 10;
@@ -176,7 +178,7 @@ impl ProjectQuota {
         let Some(entry) = self.ledger.read()?.trees.get(name).copied() else { return Ok(()) };
         self.mend(name, entry, |entry| {
             let found = self.kernel.get(entry.project)?;
-            let wanted = with_room(entry.limits, found);
+            let wanted = with_room(entry.limits, found.used);
             if found.limits == wanted { Ok(()) } else { self.kernel.set(entry.project, wanted) }
         })
     }
@@ -298,7 +300,11 @@ fn enforces(found: State, limits: Limits) -> bool {
     let enforces = |limit: Option<u64>, used: u64, enforced: Option<u64>, room: u64, rounding: u64| {
         let (Some(limit), Some(enforced)) = (limit, enforced) else { return limit == enforced };
         let is_full = used.saturating_add(room) > limit;
-        let most = if is_full { limit.max(used).saturating_add(room) } else { limit.saturating_add(rounding) };
+        let most = if is_full {
+            limit.saturating_add(ROOMS * room).max(used.saturating_add(room))
+        } else {
+            limit.saturating_add(rounding)
+        };
         (limit..=most).contains(&enforced)
     };
     let bytes = |size: Option<ByteSize>| size.map(|size| size.0);
@@ -308,23 +314,17 @@ fn enforces(found: State, limits: Limits) -> bool {
 
 /// The limits, and on top of them for a full tree what mounting it takes.
 ///
-/// A tree is given that once, however often it is filled and mounted: up to its limit and the room, or if it was limited
-/// to less than it takes, up to what it took then and the room. How far it was let go before is what the kernel enforces
-/// until now.
-fn with_room(limits: Limits, found: State) -> Limits {
-    let up_to = |limit: u64, used: u64, enforced: Option<u64>, room: u64| {
-        let enforced = enforced.unwrap_or(u64::MAX);
-        let lowered_since = used > enforced.saturating_add(room);
-        let most = if lowered_since { u64::MAX } else { enforced.max(limit.saturating_add(room)) };
-        limit.max(used.saturating_add(room).min(most))
+/// Whoever writes to the tree fills that, too, so each mount is given some, up to [`ROOMS`] in all: a full tree can be mounted
+/// to be emptied, and is bounded. A tree limited to far less than it takes is given some at each mount.
+fn with_room(limits: Limits, used: graphdriver_core::Usage) -> Limits {
+    let room = |limit: u64, used: u64, room: u64| {
+        let most = limit.saturating_add(ROOMS * room);
+        let wanted = used.saturating_add(room);
+        if used > most { wanted } else { limit.max(wanted.min(most)) }
     };
-    let enforced = found.limits;
     Limits {
-        size: limits
-            .size
-            .map(|ByteSize(size)| up_to(size, found.used.bytes, enforced.size.map(|size| size.0), ROOM_BYTES))
-            .map(ByteSize),
-        inodes: limits.inodes.map(|inodes| up_to(inodes, found.used.inodes, enforced.inodes, ROOM_INODES)),
+        size: limits.size.map(|ByteSize(size)| ByteSize(room(size, used.bytes, ROOM_BYTES))),
+        inodes: limits.inodes.map(|inodes| room(inodes, used.inodes, ROOM_INODES)),
     }
 }
 
