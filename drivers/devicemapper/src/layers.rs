@@ -308,7 +308,7 @@ impl Layers {
         let all_inodes = match layer.written {
             true => {
                 let (node, _borrowed) = self.pool.turn()?.borrow(id)?;
-                filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
+                filesystem::measure(layer.fs, &node)?
             }
             false => untouched(&layer),
         };

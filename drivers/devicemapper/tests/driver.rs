@@ -301,6 +301,35 @@ fn a_layer_that_lost_data_to_a_full_pool_is_not_committed() {
 }
 
 #[test]
+fn a_layer_in_a_full_pool_is_measured() {
+    needs_guest!("a_layer_in_a_full_pool_is_measured");
+    for options in SOON_FULL {
+        let rig = Rig::new(Pool::Loop, options).unwrap();
+        rig.driver().create(A, &[], &plain()).unwrap();
+        let root = show(&rig, A, Access::ReadWrite);
+        let file = rustix::fs::openat(&root, "big", OFlags::CREATE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
+        let (file, piece) = (File::from(file), pattern());
+        // Not flushed, so that there is something left that finds no room. Once it has noticed, a filesystem refuses more.
+        let _ = (0..100).try_for_each(|n| file.write_all_at(&piece, n * MIB));
+        let mounted = rig.driver().usage(A).unwrap_or_else(|e| panic!("{options:?}, mounted: {e}"));
+        assert!(mounted.bytes > 20 * MIB && mounted.inodes > 0, "{options:?}: {mounted:?}");
+        let _ = file.sync_all();
+        drop((file, root));
+        rig.driver().release(A).unwrap();
+        let after = rig.driver().usage(A).unwrap_or_else(|e| panic!("{options:?}, not mounted: {e}"));
+        assert!(after.bytes > 20 * MIB && after.inodes > 0, "{options:?}: {after:?}");
+    }
+}
+
+#[test]
+fn that_a_layer_is_measured_is_left_to_the_store_to_say() {
+    needs_guest!("that_a_layer_is_measured_is_left_to_the_store_to_say");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    let e = rig.driver().usage(A).unwrap_err();
+    assert_eq!(e.to_string(), "there is no layer 1");
+}
+
+#[test]
 fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
     needs_guest!("a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted");
     let deferred = [("dm.use_deferred_removal", "true"), ("dm.use_deferred_deletion", "true")];
