@@ -452,6 +452,11 @@ impl<'a> Turn<'a> {
         done
     }
 
+    /// Whether the space of removed layers is to be given back. Files take room from others as long as it is not.
+    pub(crate) fn discards(&self) -> bool {
+        self.pool.wishes.discard.unwrap_or(matches!(self.state.storage, Storage::Loop { .. }))
+    }
+
     /// Gives back the space below a device that is nobody's any more. Its name is taken for that.
     pub(crate) fn discard(&self, name: &str, thin: u32, size: u64) -> Result<()> {
         let node = self.show(name, thin, size, false)?;

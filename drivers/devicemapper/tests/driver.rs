@@ -591,3 +591,22 @@ fn two_devices_that_somebody_uses_are_refused() {
         assert_eq!(opened.expect("it is in use").kind(), ErrorKind::Busy);
     }
 }
+
+#[test]
+fn whether_space_is_given_back_follows_the_pool_there_is() {
+    needs_guest!("whether_space_is_given_back_follows_the_pool_there_is");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let options = [("dm.directlvm_device", device.path()), EXT4[0], EXT4[1]];
+    let mut rig = Rig::on_devices(&options).unwrap();
+    let discards = |rig: &Rig| {
+        let status = rig.driver().status();
+        status.into_iter().find(|(name, _)| name == "Discards Reach Storage").unwrap().1
+    };
+    assert_eq!(discards(&rig), "false", "with the option");
+    rig.reopen_without("dm.directlvm_device").unwrap();
+    assert_eq!(discards(&rig), "false", "without it");
+    rig.reopen_with("dm.blkdiscard", "true").unwrap();
+    assert_eq!(discards(&rig), "true", "asked for");
+    assert_eq!(discards(&Rig::new(Pool::Loop, EXT4).unwrap()), "true", "loop files");
+}
