@@ -90,6 +90,19 @@ pub(crate) enum From {
     Given(PathBuf),
 }
 
+impl From {
+    /// The option that asks for this, as the user gave it.
+    pub(crate) fn asked(&self) -> String {
+        match self {
+            From::Loop { data: Some(size), .. } => format!("dm.loopdatasize={size}"),
+            From::Loop { metadata, .. } => format!("dm.loopmetadatasize={}", metadata.unwrap_or_default()),
+            From::Devices { data, .. } => format!("dm.datadev={}", data.display()),
+            From::Direct(direct) => format!("dm.directlvm_device={}", direct.device.display()),
+            From::Given(pool) => format!("dm.thinpooldev={}", pool.display()),
+        }
+    }
+}
+
 /// A device that is divided up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Direct {

@@ -610,3 +610,22 @@ fn whether_space_is_given_back_follows_the_pool_there_is() {
     assert_eq!(discards(&rig), "true", "asked for");
     assert_eq!(discards(&Rig::new(Pool::Loop, EXT4).unwrap()), "true", "loop files");
 }
+
+#[test]
+fn an_empty_pool_in_the_way_is_told_how_to_remove() {
+    needs_guest!("an_empty_pool_in_the_way_is_told_how_to_remove");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let mut rig = Rig::on_devices(EXT4).unwrap();
+    let remove = format!("remove the directory {} ", rig.home().display());
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let e = rig.reopen_with("dm.directlvm_device", device.path()).unwrap_err().to_string();
+    assert!(e.contains("dm.directlvm_device") && e.contains("loop files") && !e.contains("remove"), "{e}");
+    rig.reopen_without("dm.directlvm_device").unwrap();
+    rig.driver().remove(A).unwrap();
+    let e = rig.reopen_with("dm.directlvm_device", device.path()).unwrap_err().to_string();
+    assert!(e.contains("no layers") && e.contains(&remove), "{e}");
+    std::fs::remove_dir_all(rig.home()).unwrap();
+    rig.reopen().unwrap();
+    assert_eq!(rig.state()["storage"]["direct"]["device"], device.path());
+}
