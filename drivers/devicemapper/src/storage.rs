@@ -22,7 +22,7 @@ use std::{
     io::Read,
     os::{
         fd::AsFd,
-        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::Command,
@@ -258,12 +258,46 @@ pub(crate) fn set_up(kernel: &Kernel, home: &Path, state: &State) -> Result<()> 
         _ => {}
     }
     if let Some(info) = kernel.info(&name)?.filter(|info| info.live) {
+        if let Storage::Loop { .. } = state.storage {
+            refuse_files_of_another(kernel, home, &name)?;
+        }
         // Whoever was giving it another table is gone: we have the lock.
         return if info.suspended { kernel.resume(&name) } else { Ok(()) };
     }
     let parts = Parts::open(kernel, home, state)?;
     let target = pool_target(&parts.metadata, &parts.data, data_size(state, &parts.data)?, state.block);
     kernel.create(&name, &target, false).doing(|| "setting up the thin pool")
+}
+
+/// Fails if an active pool is made of other files than those in `home`: whoever copies a data root copies the id by which
+/// its pool is found.
+fn refuse_files_of_another(kernel: &Kernel, home: &Path, pool: &str) -> Result<()> {
+    let (metadata, data) = devices(kernel, pool)?;
+    for (node, path) in [(metadata, home.join("metadata")), (data, home.join("data"))] {
+        let doing = || format!("comparing {} with {}", node.display(), path.display());
+        let shown = sys::loop_file(File::open(&node).doing(doing)?.as_fd()).doing(doing)?;
+        let ours = std::fs::metadata(&path).doing(doing)?;
+        if shown == (ours.dev(), ours.ino()) {
+            continue;
+        }
+        let file = backing_file(&node).unwrap_or_else(|| "another file".into());
+        let why = format!(
+            "pool {pool} is active on {file}, not on {}: one of the two data roots is a copy of the other",
+            path.display()
+        );
+        let hint = format!(
+            "use that one; or, to use this one instead, unmount the layers of that one, end the programs that use it, and \
+             take its pool down: dmsetup remove {pool}"
+        );
+        return Err(Error::new(ErrorKind::Busy, why).hint(hint));
+    }
+    Ok(())
+}
+
+/// The file that a loop device shows, for people to read.
+fn backing_file(node: &Path) -> Option<String> {
+    let path = Path::new("/sys/class/block").join(node.file_name()?).join("loop/backing_file");
+    Some(std::fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
 /// The pool's two devices. Loop devices are freed when the last one closes them: this, or the pool.

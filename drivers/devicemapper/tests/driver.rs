@@ -629,3 +629,28 @@ fn an_empty_pool_in_the_way_is_told_how_to_remove() {
     rig.reopen().unwrap();
     assert_eq!(rig.state()["storage"]["direct"]["device"], device.path());
 }
+
+#[test]
+fn a_copy_of_a_data_root_does_not_work_on_the_originals_files() {
+    needs_guest!("a_copy_of_a_data_root_does_not_work_on_the_originals_files");
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("copy");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.close();
+    let original = rig.home();
+    run(&["cp", "-a", "--sparse=always", original.to_str().unwrap(), copy.to_str().unwrap()]);
+    let open_copy = || DeviceMapper::open(&copy, &Options::default());
+    let e = open_copy().err().expect("the original's pool is active");
+    assert_eq!(e.kind(), ErrorKind::Busy, "{e}");
+    for part in ["is a copy", original.join("metadata").to_str().unwrap(), "dmsetup remove graphdriver-"] {
+        assert!(e.to_string().contains(part), "{part}: {e}");
+    }
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    switch_off(&mut rig);
+    drop(open_copy().unwrap());
+    assert_eq!(kind(rig.reopen()), ErrorKind::Busy, "now the copy's pool is active");
+}
