@@ -4,6 +4,7 @@ use crate::{options::Fs, sys};
 use graphdriver_core::{Access, Context, Error, ErrorKind, Mount, Result, mount};
 use rustix::fs::{self, AtFlags, Mode, OFlags};
 use std::{
+    ffi::OsStr,
     fs::File,
     os::{
         fd::{AsFd, OwnedFd},
@@ -15,10 +16,13 @@ use std::{
 
 /// The program that makes it, wherever the caller's PATH leaves out system directories.
 pub(crate) fn mkfs_program(fs: Fs) -> Option<PathBuf> {
-    let name = format!("mkfs.{fs}");
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    dirs.map(|dir| dir.join(&name)).find(|program| program.is_file())
+    program(&format!("mkfs.{fs}"), &std::env::var_os("PATH").unwrap_or_default())
+}
+
+/// A program in one of the directories of `path`, or in one of the system's.
+pub(crate) fn program(name: &str, path: &OsStr) -> Option<PathBuf> {
+    let dirs = std::env::split_paths(path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    dirs.map(|dir| dir.join(name)).find(|program| program.is_file())
 }
 
 /// The filesystem to take, which is the one asked for if any is.

@@ -654,3 +654,23 @@ fn a_copy_of_a_data_root_does_not_work_on_the_originals_files() {
     drop(open_copy().unwrap());
     assert_eq!(kind(rig.reopen()), ErrorKind::Busy, "now the copy's pool is active");
 }
+
+#[test]
+fn a_device_that_is_not_there_is_told_with_its_option() {
+    needs_guest!("a_device_that_is_not_there_is_told_with_its_option");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let nope = "/dev/nope";
+    let asked: [&[(&str, &str)]; 3] = [
+        &[("dm.directlvm_device", nope)],
+        &[("dm.datadev", nope), ("dm.metadatadev", device.path())],
+        &[("dm.metadatadev", nope), ("dm.datadev", device.path())],
+    ];
+    for options in asked {
+        let e = Rig::on_devices(options).err().expect("there is no such device");
+        assert_eq!(e.kind(), ErrorKind::NotFound, "{e}");
+        for part in [options[0].0, nope, "lsblk"] {
+            assert!(e.to_string().contains(part), "{part}: {e}");
+        }
+    }
+}
