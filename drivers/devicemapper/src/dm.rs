@@ -45,17 +45,11 @@ pub(crate) struct Info {
 
 impl Kernel {
     pub(crate) fn open() -> Result<Kernel> {
-        match DM::new() {
-            Ok(dm) => Ok(Kernel { dm }),
-            Err(e) if Path::new("/dev/mapper/control").exists() => {
-                let kind = match rustix::process::geteuid().is_root() {
-                    true => ErrorKind::Unsupported,
-                    false => ErrorKind::PermissionDenied,
-                };
-                Err(Error::new(kind, format!("device-mapper cannot be used: {e}")).hint("run as root"))
-            }
-            Err(_) => Err(Error::new(ErrorKind::Unsupported, "the kernel has no device-mapper").hint(NEEDED)),
-        }
+        DM::new().map(|dm| Kernel { dm }).map_err(|e| match File::open(CONTROL) {
+            // Somebody has loaded the module meanwhile.
+            Ok(_) => said(e).doing(format!("opening {CONTROL}")).hint("try again"),
+            Err(e) => unusable(e, rustix::process::geteuid().is_root()),
+        })
     }
 
     /// Fails if the kernel has no thin provisioning, after trying to load it.
@@ -247,6 +241,25 @@ impl Kernel {
     }
 }
 
+const CONTROL: &str = "/dev/mapper/control";
+
+/// What it means that the control device cannot be opened.
+fn unusable(e: std::io::Error, root: bool) -> Error {
+    let (kind, hint) = match e.raw_os_error() {
+        Some(libc::ENOENT) => {
+            return Error::new(ErrorKind::Unsupported, "the kernel has no device-mapper").hint(NEEDED);
+        }
+        Some(libc::EPERM | libc::EACCES) if root => (ErrorKind::PermissionDenied, FORBIDDEN),
+        Some(libc::EPERM | libc::EACCES) => (ErrorKind::PermissionDenied, "run as root"),
+        Some(libc::ENODEV | libc::ENXIO) => (ErrorKind::Unsupported, "modprobe dm_mod"),
+        _ => (ErrorKind::Unsupported, LOG),
+    };
+    Error::from(e).with_kind(kind).doing(format!("opening {CONTROL}")).hint(hint)
+}
+
+const FORBIDDEN: &str = "root may not open it here: the device cgroup of a container forbids that; run the container \
+                         with --privileged, as the devices of layers are needed too";
+
 /// While this is there, the library waits for udev to have handled each device (systemd-udevd(8)).
 const UDEV: &str = "/run/udev/control";
 
@@ -292,4 +305,32 @@ pub(crate) fn by_number(number: &str) -> Result<PathBuf> {
 /// Makes sure that what was written to the device is on it, and the pool's metadata with it.
 pub(crate) fn flush(node: &Path) -> Result<()> {
     File::open(node).and_then(|device| device.sync_all()).doing(|| format!("flushing {}", node.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_device_that_cannot_be_opened_is_explained() {
+        let said = |errno, root| {
+            let e = unusable(std::io::Error::from_raw_os_error(errno), root);
+            (e.kind(), e.to_string())
+        };
+        for errno in [libc::EPERM, libc::EACCES] {
+            let (kind, text) = said(errno, true);
+            assert_eq!(kind, ErrorKind::PermissionDenied, "{text}");
+            let right = text.contains(CONTROL) && text.contains("device cgroup") && !text.contains("run as root");
+            assert!(right, "{text}");
+            let (kind, text) = said(errno, false);
+            assert!(kind == ErrorKind::PermissionDenied && text.contains("run as root"), "{text}");
+        }
+        for errno in [libc::ENODEV, libc::ENXIO] {
+            let (kind, text) = said(errno, true);
+            let right = text.contains("modprobe dm_mod") && !text.contains("run as root");
+            assert!(kind == ErrorKind::Unsupported && right, "{text}");
+        }
+        let (kind, text) = said(libc::ENOENT, true);
+        assert!(kind == ErrorKind::Unsupported && text.contains("CONFIG_DM_THIN_PROVISIONING"), "{text}");
+    }
 }

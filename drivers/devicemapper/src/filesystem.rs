@@ -4,6 +4,7 @@ use crate::{options::Fs, sys};
 use graphdriver_core::{Access, Context, Error, ErrorKind, Mount, Result, mount};
 use rustix::fs::{self, AtFlags, Mode, OFlags};
 use std::{
+    ffi::OsStr,
     fs::File,
     os::{
         fd::{AsFd, OwnedFd},
@@ -15,10 +16,13 @@ use std::{
 
 /// The program that makes it, wherever the caller's PATH leaves out system directories.
 pub(crate) fn mkfs_program(fs: Fs) -> Option<PathBuf> {
-    let name = format!("mkfs.{fs}");
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    dirs.map(|dir| dir.join(&name)).find(|program| program.is_file())
+    program(&format!("mkfs.{fs}"), &std::env::var_os("PATH").unwrap_or_default())
+}
+
+/// A program in one of the directories of `path`, or in one of the system's.
+pub(crate) fn program(name: &str, path: &OsStr) -> Option<PathBuf> {
+    let dirs = std::env::split_paths(path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    dirs.map(|dir| dir.join(name)).find(|program| program.is_file())
 }
 
 /// The filesystem to take, which is the one asked for if any is.
@@ -103,18 +107,49 @@ fn give_up_at_once(xfs: &Path) {
     }
 }
 
+/// [`never_retry`] for one mounted device.
+fn never_retry_on(fs: Fs, node: &Path) -> Result<()> {
+    if fs == Fs::Xfs {
+        let number = fs::stat(node)?.st_rdev;
+        give_up_at_once(Path::new(&format!("/sys/fs/xfs/dm-{}", fs::minor(number))));
+    }
+    Ok(())
+}
+
 /// Mounts a device for as long as `look` takes, attached nowhere. A log that a crash left is replayed, and when this
 /// returns, everything is in its place, unless the device is mounted elsewhere too.
 pub(crate) fn visit<T>(fs: Fs, node: &Path, look: impl FnOnce(&OwnedFd) -> Result<T>) -> Result<T> {
     let root = mount::detached(&recipe(fs, node, false, Access::ReadWrite, &[]))?;
     let root = fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    if fs == Fs::Xfs {
-        let number = fs::stat(node)?.st_rdev;
-        give_up_at_once(Path::new(&format!("/sys/fs/xfs/dm-{}", fs::minor(number))));
-    }
+    never_retry_on(fs, node)?;
     let seen = look(&root)?;
     fs::syncfs(&root).doing(|| format!("flushing the filesystem on {}", node.display()))?;
     Ok(seen)
+}
+
+/// Counts the inodes in use. What was written is put in its place as far as it finds room: what does not is nowhere to be
+/// measured.
+pub(crate) fn measure(fs: Fs, node: &Path) -> Result<u64> {
+    let root = mount::detached(&recipe(fs, node, false, Access::ReadWrite, &[])).or_else(|e| {
+        tracing::debug!("measuring {} without its log: {e}", node.display());
+        unreplayed(fs, node).map_err(|_| e)
+    })?;
+    // A filesystem that gave up for want of room opens nothing any more, but still counts.
+    match fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(open) => {
+            never_retry_on(fs, node)?;
+            let flushed = fs::syncfs(&open);
+            flushed.unwrap_or_else(|e| tracing::debug!("measuring {}, not all of it flushed: {e}", node.display()));
+        }
+        Err(e) => tracing::debug!("measuring {} as it is: {e}", node.display()),
+    }
+    used_inodes(&root)
+}
+
+/// Mounts a device as it is on the pool: to replay a log takes room.
+fn unreplayed(fs: Fs, node: &Path) -> Result<OwnedFd> {
+    let log = if fs == Fs::Xfs { "norecovery" } else { "noload" };
+    mount::detached(&recipe(fs, node, true, Access::ReadOnly, &[log.to_owned()]))
 }
 
 pub(crate) fn used_inodes(root: &OwnedFd) -> Result<u64> {

@@ -188,7 +188,7 @@ impl Layers {
         turn.state.base.as_mut().expect("it was just there").ready = false;
         turn.save()?;
         let name = base_name(&turn.state);
-        match self.pool.wishes.discard {
+        match turn.discards() {
             true => turn.discard(&name, thin, size)?,
             false => self.pool.kernel.remove(&name)?,
         }
@@ -308,7 +308,7 @@ impl Layers {
         let all_inodes = match layer.written {
             true => {
                 let (node, _borrowed) = self.pool.turn()?.borrow(id)?;
-                filesystem::visit(layer.fs, &node, filesystem::used_inodes)?
+                filesystem::measure(layer.fs, &node)?
             }
             false => untouched(&layer),
         };
@@ -458,7 +458,7 @@ impl Layers {
             return Err(Error::new(ErrorKind::Busy, format!("device {name} is in use"))
                 .hint(format!("`fuser -vm /dev/mapper/{name}` shows by whom")));
         }
-        match self.pool.wishes.discard {
+        match turn.discards() {
             true => turn.discard(&name, thin, size)?,
             false => self.pool.kernel.remove(&name)?,
         }
@@ -516,7 +516,7 @@ impl Layers {
             ("Metadata Space Used", bytes(status.metadata.used, 4096)),
             ("Metadata Space Total", bytes(status.metadata.total, 4096)),
             ("Minimum Free Space", format!("{}%", wishes.min_free)),
-            ("Discards Reach Storage", (wishes.discard && status.discard_passdown).to_string()),
+            ("Discards Reach Storage", (turn.discards() && status.discard_passdown).to_string()),
             ("Deferred Removal Enabled", wishes.deferred_removal.to_string()),
             ("Deferred Deletion Enabled", wishes.deferred_deletion.to_string()),
             ("Transaction", state.transaction.to_string()),

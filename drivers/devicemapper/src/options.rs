@@ -90,6 +90,19 @@ pub(crate) enum From {
     Given(PathBuf),
 }
 
+impl From {
+    /// The option that asks for this, as the user gave it.
+    pub(crate) fn asked(&self) -> String {
+        match self {
+            From::Loop { data: Some(size), .. } => format!("dm.loopdatasize={size}"),
+            From::Loop { metadata, .. } => format!("dm.loopmetadatasize={}", metadata.unwrap_or_default()),
+            From::Devices { data, .. } => format!("dm.datadev={}", data.display()),
+            From::Direct(direct) => format!("dm.directlvm_device={}", direct.device.display()),
+            From::Given(pool) => format!("dm.thinpooldev={}", pool.display()),
+        }
+    }
+}
+
 /// A device that is divided up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Direct {
@@ -113,7 +126,8 @@ pub(crate) struct Wishes {
     pub fs: Option<Fs>,
     pub mkfs: Vec<String>,
     pub mount: Vec<String>,
-    pub discard: bool,
+    /// None follows what the pool there is is made of.
+    pub discard: Option<bool>,
     pub deferred_removal: bool,
     pub deferred_deletion: bool,
 }
@@ -145,7 +159,7 @@ impl Wishes {
             fs: given.fs()?,
             mkfs: words(options, "dm.mkfsarg", char::is_whitespace),
             mount: given.mount_options()?,
-            discard: given.switch("dm.blkdiscard")?.unwrap_or(matches!(from, From::Loop { .. })),
+            discard: given.switch("dm.blkdiscard")?,
             deferred_removal: given.switch("dm.use_deferred_removal")?.unwrap_or(false),
             deferred_deletion: given.switch("dm.use_deferred_deletion")?.unwrap_or(false),
             from,
@@ -336,11 +350,10 @@ mod tests {
         let wishes = parse(&[]).unwrap();
         assert_eq!(wishes.from, From::Loop { data: None, metadata: None });
         assert_eq!((wishes.base_size, wishes.block, wishes.min_free, wishes.fs), (10 << 30, None, 10, None));
-        assert!(wishes.discard && !wishes.deferred_removal && !wishes.deferred_deletion);
+        assert!(wishes.discard.is_none() && !wishes.deferred_removal && !wishes.deferred_deletion);
         let From::Direct(direct) = parse(&[("dm.directlvm_device", "/dev/vdz")]).unwrap().from else { panic!() };
         assert_eq!((direct.shares(), direct.threshold, direct.extend), ((95, 1), 80, 20));
         assert!(!direct.force);
-        assert!(!parse(&[("dm.thinpooldev", "/dev/mapper/p")]).unwrap().discard);
     }
 
     #[test]
@@ -364,7 +377,7 @@ mod tests {
         assert_eq!((wishes.base_size, wishes.block, wishes.min_free), (20 << 30, Some(128 << 10), 5));
         assert_eq!(wishes.mkfs, ["-O", "^metadata_csum", "-m", "0"]);
         assert_eq!(wishes.mount, ["nodiscard", "noatime"]);
-        assert!(!wishes.discard && wishes.deferred_removal && wishes.deferred_deletion);
+        assert!(wishes.discard == Some(false) && wishes.deferred_removal && wishes.deferred_deletion);
     }
 
     #[test]

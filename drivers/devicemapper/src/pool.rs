@@ -89,7 +89,7 @@ impl Pool {
             let id = found.map_or_else(storage::new_id, |half| Ok(half.id))?;
             return storage::plan(&self.kernel, &self.home, &id, &self.wishes)?.save(&self.home);
         };
-        agree(&state, &self.wishes)?;
+        agree(&self.home, &state, &self.wishes)?;
         let old = state.clone();
         match (&mut state.storage, &self.wishes.from) {
             (Storage::Loop { data, .. }, From::Loop { data: Some(wish), .. }) => *data = *wish,
@@ -155,9 +155,12 @@ impl Pool {
 }
 
 /// Whether the user asks for the pool there is.
-fn agree(state: &State, wishes: &Wishes) -> Result<()> {
+fn agree(home: &Path, state: &State, wishes: &Wishes) -> Result<()> {
     let refuse = |why: String| {
-        let hint = "leave the option out, or use another data root";
+        let hint = match state.layers.is_empty() {
+            true => format!("it has no layers: remove the directory {} to have another pool here", home.display()),
+            false => "leave the option out, or use another data root".into(),
+        };
         Err(Error::new(ErrorKind::InvalidInput, why).hint(hint))
     };
     if let Some(block) = wishes.block.filter(|block| *block != state.block) {
@@ -193,7 +196,10 @@ fn agree(state: &State, wishes: &Wishes) -> Result<()> {
             }
         }
         (From::Given(pool), Storage::Given { name }) if pool.file_name().is_some_and(|n| n == name.as_str()) => Ok(()),
-        _ => refuse(format!("the layers here are in another pool, made of {}", state.storage)),
+        _ => {
+            let (asked, there) = (wishes.from.asked(), &state.storage);
+            refuse(format!("{asked} asks for another pool than the one here, which is made of {there}"))
+        }
     }
 }
 
@@ -450,6 +456,11 @@ impl<'a> Turn<'a> {
         };
         self.pool.let_go(id)?;
         done
+    }
+
+    /// Whether the space of removed layers is to be given back. Files take room from others as long as it is not.
+    pub(crate) fn discards(&self) -> bool {
+        self.pool.wishes.discard.unwrap_or(matches!(self.state.storage, Storage::Loop { .. }))
     }
 
     /// Gives back the space below a device that is nobody's any more. Its name is taken for that.

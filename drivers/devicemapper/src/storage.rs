@@ -11,6 +11,7 @@
 
 use crate::{
     dm::{self, Kernel, SECTOR, Target},
+    filesystem,
     options::{Direct, From, Wishes},
     state::{State, Storage},
     step, sys,
@@ -18,11 +19,12 @@ use crate::{
 use graphdriver_core::{Context, Error, ErrorKind, Result};
 use rustix::fs::{Advice, OFlags, fadvise};
 use std::{
+    ffi::OsStr,
     fs::File,
     io::Read,
     os::{
         fd::AsFd,
-        unix::fs::{FileExt, FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::Command,
@@ -52,7 +54,10 @@ pub(crate) fn plan(kernel: &Kernel, home: &Path, id: &str, wishes: &Wishes) -> R
         }
         From::Devices { data, metadata } => {
             // Exclusively: a device that is mounted, or part of something else, is Busy.
-            let _both = [open_device(data, true)?, open_device(metadata, true)?];
+            let _both = [
+                open_device(data, true).map_err(|e| of_option(e, "dm.datadev"))?,
+                open_device(metadata, true).map_err(|e| of_option(e, "dm.metadatadev"))?,
+            ];
             for device in [data, metadata]
                 .into_iter()
                 .filter(|device| !["/dev/disk", "/dev/mapper"].iter().any(|dir| device.starts_with(dir)))
@@ -98,8 +103,8 @@ fn make_file(path: &Path, size: u64) -> Result<()> {
 
 /// What blkid(8) recognises on a device.
 fn signature(device: &Path) -> Result<Option<String>> {
-    let out = Command::new("blkid").args(["-p", "-o", "export"]).arg(device).output();
-    let out = out.doing(|| "running blkid").hint(|| "apt-get install util-linux")?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let out = blkid(&path)?.args(["-p", "-o", "export"]).arg(device).output().doing(|| "running blkid")?;
     let text = String::from_utf8_lossy(&out.stdout);
     match out.status.code() {
         Some(2) if text.trim().is_empty() => Ok(None),
@@ -108,6 +113,12 @@ fn signature(device: &Path) -> Result<Option<String>> {
             Ok(Some(what.unwrap_or("something").to_owned()))
         }
     }
+}
+
+fn blkid(path: &OsStr) -> Result<Command> {
+    let missing =
+        || Error::new(ErrorKind::Unsupported, "the program blkid is missing").hint("apt-get install util-linux");
+    filesystem::program("blkid", path).map(Command::new).ok_or_else(missing)
 }
 
 fn refuse_signature(device: &Path) -> Result<()> {
@@ -136,6 +147,17 @@ fn refuse_used_metadata(device: &Path) -> Result<()> {
     }
 }
 
+/// An error with the device that an option names.
+fn of_option(e: Error, option: &str) -> Error {
+    let hint = match e.kind() {
+        ErrorKind::NotFound => "`lsblk` shows the block devices there are, and /dev/disk/by-id has names that stay",
+        ErrorKind::InvalidInput => "`lsblk` shows the block devices there are",
+        ErrorKind::Busy => "`lsblk` shows what it is mounted as or a part of",
+        _ => return e.doing(format!("option {option}")),
+    };
+    e.hint(hint).doing(format!("option {option}"))
+}
+
 fn open_device(path: &Path, exclusive: bool) -> Result<File> {
     let doing = || format!("opening {}", path.display());
     let flags = if exclusive { OFlags::EXCL } else { OFlags::empty() };
@@ -159,7 +181,7 @@ fn size_of(path: &Path) -> Result<u64> {
 fn divide(home: &Path, direct: &Direct, block: u64, id: &str) -> Result<State> {
     let path = std::path::absolute(&direct.device)?;
     // Exclusively: a device that is mounted, or part of a RAID or a volume group, is Busy.
-    let device = open_device(&path, true)?;
+    let device = open_device(&path, true).map_err(|e| of_option(e, "dm.directlvm_device"))?;
     let header = format!("{FORMAT}\n{id}\n");
     let mut start = vec![0; header.len()];
     device.read_exact_at(&mut start, 0).doing(|| format!("reading {}", path.display()))?;
@@ -258,12 +280,46 @@ pub(crate) fn set_up(kernel: &Kernel, home: &Path, state: &State) -> Result<()> 
         _ => {}
     }
     if let Some(info) = kernel.info(&name)?.filter(|info| info.live) {
+        if let Storage::Loop { .. } = state.storage {
+            refuse_files_of_another(kernel, home, &name)?;
+        }
         // Whoever was giving it another table is gone: we have the lock.
         return if info.suspended { kernel.resume(&name) } else { Ok(()) };
     }
     let parts = Parts::open(kernel, home, state)?;
     let target = pool_target(&parts.metadata, &parts.data, data_size(state, &parts.data)?, state.block);
     kernel.create(&name, &target, false).doing(|| "setting up the thin pool")
+}
+
+/// Fails if an active pool is made of other files than those in `home`: whoever copies a data root copies the id by which
+/// its pool is found.
+fn refuse_files_of_another(kernel: &Kernel, home: &Path, pool: &str) -> Result<()> {
+    let (metadata, data) = devices(kernel, pool)?;
+    for (node, path) in [(metadata, home.join("metadata")), (data, home.join("data"))] {
+        let doing = || format!("comparing {} with {}", node.display(), path.display());
+        let shown = sys::loop_file(File::open(&node).doing(doing)?.as_fd()).doing(doing)?;
+        let ours = std::fs::metadata(&path).doing(doing)?;
+        if shown == (ours.dev(), ours.ino()) {
+            continue;
+        }
+        let file = backing_file(&node).unwrap_or_else(|| "another file".into());
+        let why = format!(
+            "pool {pool} is active on {file}, not on {}: one of the two data roots is a copy of the other",
+            path.display()
+        );
+        let hint = format!(
+            "use that one; or, to use this one instead, unmount the layers of that one, end the programs that use it, and \
+             take its pool down: dmsetup remove {pool}"
+        );
+        return Err(Error::new(ErrorKind::Busy, why).hint(hint));
+    }
+    Ok(())
+}
+
+/// The file that a loop device shows, for people to read.
+fn backing_file(node: &Path) -> Option<String> {
+    let path = Path::new("/sys/class/block").join(node.file_name()?).join("loop/backing_file");
+    Some(std::fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
 /// The pool's two devices. Loop devices are freed when the last one closes them: this, or the pool.
@@ -443,6 +499,16 @@ mod tests {
         assert_eq!((metadata, HEADER + metadata + data), (2 << 20, 200 << 20));
         assert_eq!(shares(1 << 20, &direct, 64 << 10), None);
         assert_eq!(shares(50 << 20, &direct, 64 << 10), None);
+    }
+
+    #[test]
+    fn blkid_is_found_where_the_path_leaves_out_system_directories() {
+        let systems = ["/usr/sbin/blkid", "/sbin/blkid"].map(Path::new);
+        let Some(there) = systems.into_iter().find(|program| program.is_file()) else {
+            let e = blkid("/no/such/dir".as_ref()).unwrap_err();
+            return assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("util-linux"), "{e}");
+        };
+        assert_eq!(blkid("/no/such/dir".as_ref()).unwrap().get_program(), there);
     }
 
     #[test]

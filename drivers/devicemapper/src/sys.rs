@@ -11,6 +11,7 @@ use std::{
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
 const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 /// linux/fs.h.
 const BLKDISCARD: libc::Ioctl = 0x1277;
@@ -74,6 +75,15 @@ pub(crate) fn configure_loop(device: BorrowedFd<'_>, file: BorrowedFd<'_>, name:
     config.info.file_name[..shown].copy_from_slice(&name.as_bytes()[..shown]);
     // SAFETY: `config` is a whole `loop_config` that outlives the call, and the kernel only reads it.
     done(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }).map(drop)
+}
+
+/// Device and inode of the file that a loop device shows.
+pub(crate) fn loop_file(device: BorrowedFd<'_>) -> Result<(u64, u64)> {
+    // SAFETY: plain integers, for which zero means absent.
+    let mut info: LoopInfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills a whole `loop_info64`, which is what `info` is.
+    done(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
+    Ok((info.device, info.inode))
 }
 
 /// Tells a loop device that its file has grown.

@@ -301,6 +301,35 @@ fn a_layer_that_lost_data_to_a_full_pool_is_not_committed() {
 }
 
 #[test]
+fn a_layer_in_a_full_pool_is_measured() {
+    needs_guest!("a_layer_in_a_full_pool_is_measured");
+    for options in SOON_FULL {
+        let rig = Rig::new(Pool::Loop, options).unwrap();
+        rig.driver().create(A, &[], &plain()).unwrap();
+        let root = show(&rig, A, Access::ReadWrite);
+        let file = rustix::fs::openat(&root, "big", OFlags::CREATE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
+        let (file, piece) = (File::from(file), pattern());
+        // Not flushed, so that there is something left that finds no room. Once it has noticed, a filesystem refuses more.
+        let _ = (0..100).try_for_each(|n| file.write_all_at(&piece, n * MIB));
+        let mounted = rig.driver().usage(A).unwrap_or_else(|e| panic!("{options:?}, mounted: {e}"));
+        assert!(mounted.bytes > 20 * MIB && mounted.inodes > 0, "{options:?}: {mounted:?}");
+        let _ = file.sync_all();
+        drop((file, root));
+        rig.driver().release(A).unwrap();
+        let after = rig.driver().usage(A).unwrap_or_else(|e| panic!("{options:?}, not mounted: {e}"));
+        assert!(after.bytes > 20 * MIB && after.inodes > 0, "{options:?}: {after:?}");
+    }
+}
+
+#[test]
+fn that_a_layer_is_measured_is_left_to_the_store_to_say() {
+    needs_guest!("that_a_layer_is_measured_is_left_to_the_store_to_say");
+    let rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    let e = rig.driver().usage(A).unwrap_err();
+    assert_eq!(e.to_string(), "there is no layer 1");
+}
+
+#[test]
 fn a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted() {
     needs_guest!("a_removed_layer_keeps_its_blocks_as_long_as_it_is_mounted");
     let deferred = [("dm.use_deferred_removal", "true"), ("dm.use_deferred_deletion", "true")];
@@ -560,5 +589,88 @@ fn two_devices_that_somebody_uses_are_refused() {
         let opened = Rig::on_devices(&options).err();
         run(&["dmsetup", "remove", "--retry", "gdtest-holder"]);
         assert_eq!(opened.expect("it is in use").kind(), ErrorKind::Busy);
+    }
+}
+
+#[test]
+fn whether_space_is_given_back_follows_the_pool_there_is() {
+    needs_guest!("whether_space_is_given_back_follows_the_pool_there_is");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let options = [("dm.directlvm_device", device.path()), EXT4[0], EXT4[1]];
+    let mut rig = Rig::on_devices(&options).unwrap();
+    let discards = |rig: &Rig| {
+        let status = rig.driver().status();
+        status.into_iter().find(|(name, _)| name == "Discards Reach Storage").unwrap().1
+    };
+    assert_eq!(discards(&rig), "false", "with the option");
+    rig.reopen_without("dm.directlvm_device").unwrap();
+    assert_eq!(discards(&rig), "false", "without it");
+    rig.reopen_with("dm.blkdiscard", "true").unwrap();
+    assert_eq!(discards(&rig), "true", "asked for");
+    assert_eq!(discards(&Rig::new(Pool::Loop, EXT4).unwrap()), "true", "loop files");
+}
+
+#[test]
+fn an_empty_pool_in_the_way_is_told_how_to_remove() {
+    needs_guest!("an_empty_pool_in_the_way_is_told_how_to_remove");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let mut rig = Rig::on_devices(EXT4).unwrap();
+    let remove = format!("remove the directory {} ", rig.home().display());
+    rig.driver().create(A, &[], &plain()).unwrap();
+    let e = rig.reopen_with("dm.directlvm_device", device.path()).unwrap_err().to_string();
+    assert!(e.contains("dm.directlvm_device") && e.contains("loop files") && !e.contains("remove"), "{e}");
+    rig.reopen_without("dm.directlvm_device").unwrap();
+    rig.driver().remove(A).unwrap();
+    let e = rig.reopen_with("dm.directlvm_device", device.path()).unwrap_err().to_string();
+    assert!(e.contains("no layers") && e.contains(&remove), "{e}");
+    std::fs::remove_dir_all(rig.home()).unwrap();
+    rig.reopen().unwrap();
+    assert_eq!(rig.state()["storage"]["direct"]["device"], device.path());
+}
+
+#[test]
+fn a_copy_of_a_data_root_does_not_work_on_the_originals_files() {
+    needs_guest!("a_copy_of_a_data_root_does_not_work_on_the_originals_files");
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("copy");
+    let mut rig = Rig::new(Pool::Loop, EXT4).unwrap();
+    rig.driver().create(A, &[], &plain()).unwrap();
+    fill(&show(&rig, A, Access::ReadWrite), "kept", MIB).unwrap();
+    rig.driver().commit(A).unwrap();
+    rig.close();
+    let original = rig.home();
+    run(&["cp", "-a", "--sparse=always", original.to_str().unwrap(), copy.to_str().unwrap()]);
+    let open_copy = || DeviceMapper::open(&copy, &Options::default());
+    let e = open_copy().err().expect("the original's pool is active");
+    assert_eq!(e.kind(), ErrorKind::Busy, "{e}");
+    for part in ["is a copy", original.join("metadata").to_str().unwrap(), "dmsetup remove graphdriver-"] {
+        assert!(e.to_string().contains(part), "{part}: {e}");
+    }
+    rig.reopen().unwrap();
+    assert_eq!(read(&rig, A, "kept").unwrap(), MIB);
+    switch_off(&mut rig);
+    drop(open_copy().unwrap());
+    assert_eq!(kind(rig.reopen()), ErrorKind::Busy, "now the copy's pool is active");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_told_with_its_option() {
+    needs_guest!("a_device_that_is_not_there_is_told_with_its_option");
+    let dir = tempfile::tempdir().unwrap();
+    let device = common::LoopDevice::new(dir.path(), "disk", 512 * MIB);
+    let nope = "/dev/nope";
+    let asked: [&[(&str, &str)]; 3] = [
+        &[("dm.directlvm_device", nope)],
+        &[("dm.datadev", nope), ("dm.metadatadev", device.path())],
+        &[("dm.metadatadev", nope), ("dm.datadev", device.path())],
+    ];
+    for options in asked {
+        let e = Rig::on_devices(options).err().expect("there is no such device");
+        assert_eq!(e.kind(), ErrorKind::NotFound, "{e}");
+        for part in [options[0].0, nope, "lsblk"] {
+            assert!(e.to_string().contains(part), "{part}: {e}");
+        }
     }
 }
