@@ -17,7 +17,7 @@
 //! after a crash in between it tells what is to be done. The file is replaced whole (`projects.new`, flushed, renamed) by
 //! whoever holds the lock (flock(2)) on `BASE/projects.lock`.
 
-use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result, open_lock};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -148,7 +148,7 @@ impl Ledger {
     /// Changes it, alone among all processes. Nothing is written if it stays as it was, or on an error.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Book) -> Result<T>) -> Result<T> {
         let lock = self.base.join("projects.lock");
-        let file = File::create(&lock).doing(|| format!("making {}", lock.display()))?;
+        let file = open_lock(&lock)?;
         file.lock().doing(|| format!("locking {}", lock.display()))?;
         let before = self.read()?;
         let mut after = before.clone();
