@@ -48,10 +48,11 @@ pub(crate) struct Book {
 
 impl Book {
     /// A project of the range that no tree has and `taken` does not say of, looked for from `next` on and then from the
-    /// beginning.
+    /// beginning. `option` is what users give another range with.
     pub(crate) fn free(
         &mut self,
         range: &RangeInclusive<u32>,
+        option: &str,
         mut taken: impl FnMut(u32) -> Result<bool>,
     ) -> Result<u32> {
         let ours: std::collections::HashSet<u32> = self.trees.values().map(|entry| entry.project).collect();
@@ -64,7 +65,7 @@ impl Book {
         }
         let why = format!("all projects from {} to {} are in use", range.start(), range.end());
         Err(Error::new(ErrorKind::OutOfSpace, why)
-            .hint("give a larger range of numbers with the option quota_projects"))
+            .hint(format!("give a larger range of numbers with the option {option}")))
     }
 
     pub(crate) fn parse(text: &str) -> Result<Book> {
