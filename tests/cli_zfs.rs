@@ -3,7 +3,14 @@
 mod common;
 
 use common::{Home, archive, demo, other, sha256};
-use std::{collections::BTreeSet, fs::File, io::Read, path::Path, process::Command};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::Read,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 /// A pool of the test's own, destroyed when this is dropped, before the directory its file lies in.
 struct Rig {
@@ -12,11 +19,12 @@ struct Rig {
 }
 
 impl Rig {
-    fn new() -> Rig {
-        let home = Home::new();
-        let rig = Rig { pool: format!("gdcli{}", std::process::id()), home };
+    fn new(size: &str) -> Rig {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let pool = format!("gdcli{}x{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let rig = Rig { pool, home: Home::new() };
         rig.home.ok(&format!(
-            "truncate -s 900M pool.img
+            "truncate -s {size} pool.img
             zpool create -f -o cachefile=none -O mountpoint=none -O compression=off {} $PWD/pool.img
             zfs create {}/layers",
             rig.pool, rig.pool
@@ -69,7 +77,7 @@ fn the_whole_command_line_works_and_the_space_is_back() {
     if common::skipped_outside_guest("the_whole_command_line_works_and_the_space_is_back", missing()) {
         return;
     }
-    let rig = Rig::new();
+    let rig = Rig::new("900M");
     std::fs::write(rig.home.path().join("both.tar"), archive(&[demo(), other()])).unwrap();
     let told = rig.gd("gd info | grep -E '^Storage Driver: zfs'
         before=$(free)
@@ -100,4 +108,45 @@ fn the_whole_command_line_works_and_the_space_is_back() {
         assert!(saved.contains(&sha256(layer)), "a layer came out with other bytes: {saved:?}");
     }
     assert_eq!(rig.digests("new.tar"), rig.digests("again.tar"), "saved and loaded again, all is the same");
+}
+
+#[test]
+fn a_full_pool_with_the_data_root_in_it_can_be_freed() {
+    if common::skipped_outside_guest("a_full_pool_with_the_data_root_in_it_can_be_freed", missing()) {
+        return;
+    }
+    let rig = Rig::new("200M");
+    // Compressed, as most pools are: what is kept back must not vanish by that.
+    let told = rig.gd(&format!(
+        "zfs create -o mountpoint=legacy -o compression=lz4 {0}/root; mkdir -p $GRAPHDRIVER_DATA_ROOT
+        mount -t zfs {0}/root $GRAPHDRIVER_DATA_ROOT
+        gd load -qi demo.tar >/dev/null; gd create --name c demo >/dev/null; gd create --name d demo >/dev/null
+        gd mount c m >/dev/null; zpool sync {0}; before=$(free)
+        for size in 4M 128k 512; do
+            for round in 1 2; do
+                dd if=/dev/zero of=m/big bs=$size oflag=append conv=notrunc 2>err || grep -o 'No space left' err
+                zpool sync {0}
+            done
+        done | sort -u
+        for dir in m $GRAPHDRIVER_DATA_ROOT; do echo $(df --output=avail -B1 $dir | tail -n1); done
+        gd ps -q | wc -l; gd df | grep -c Containers; gd umount m; gd rm -f c >/dev/null; gd ps | grep -cw d
+        zpool sync {0}; after=$(free); test $after -lt $before || echo $((after - before)) are missing
+        gd rm d >/dev/null; gd rmi demo:1 demo:latest >/dev/null; gd images -q
+        gd load -qi demo.tar >/dev/null; gd create --name e demo >/dev/null; gd mount e m >/dev/null; cat m/etc/motd
+        gd umount m; umount $GRAPHDRIVER_DATA_ROOT",
+        rig.pool
+    ));
+    assert_eq!(told, "No space left\n0\n0\n2\n1\n1\nhello\n");
+}
+
+#[test]
+fn a_volume_is_no_place_for_layers() {
+    if common::skipped_outside_guest("a_volume_is_no_place_for_layers", missing()) {
+        return;
+    }
+    let rig = Rig::new("200M");
+    rig.home.ok(&format!("zfs create -V 8M {}/vol", rig.pool));
+    let vol = format!("{}/vol", rig.pool);
+    let script = format!("graphdriver -s zfs --storage-opt zfs.fsname={vol} info");
+    rig.home.fails(2, &script, &[&format!("zfs.fsname: {vol} is a volume; name a filesystem")]);
 }

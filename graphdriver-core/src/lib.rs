@@ -6,6 +6,7 @@ pub mod conformance;
 mod driver;
 mod error;
 mod id;
+mod lock;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod mount;
@@ -20,6 +21,7 @@ pub mod walk;
 pub use driver::*;
 pub use error::{Context, Error, ErrorKind, Result};
 pub use id::{ByteSize, ChainId, DiffId, Digest, LayerId};
+pub use lock::open_lock;
 pub use root::{Inode, Root};
 pub use store::{CommitInfo, Layer, LayerKind, Layers, NewLayer, Recovered, Schema, Store};
 pub use tree::{Change, ChangeKind, FileKind, Metadata, Timestamp};

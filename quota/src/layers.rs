@@ -62,7 +62,8 @@ impl LayerQuota {
     /// Finds out by trying, in `scratch`, an empty directory of the caller's own beneath `home` or beside it, whether limits
     /// are enforced there. Fails only if the default size asked for cannot be.
     pub fn open(home: &Path, scratch: &Path, wishes: &Wishes, driver: &str) -> Result<LayerQuota> {
-        let probed = probe(scratch, wishes).and_then(|()| ProjectQuota::open(home, wishes.projects.clone()));
+        let option = format!("{driver}.quota_projects");
+        let probed = probe(scratch, wishes).and_then(|()| ProjectQuota::open(home, wishes.projects.clone(), &option));
         let quota =
             LayerQuota { size: wishes.size, projects: probed.map_err(|e| unmet(&e)), ledger: Ledger::new(home) };
         if wishes.size.is_some() {

@@ -10,6 +10,7 @@ use crate::{
 };
 use graphdriver_core::{
     Access, ChainId, Context, DiffDir, DiffId, Digest, Error, ErrorKind, LayerId, LayerOptions, Result, Root, mount,
+    open_lock,
     store::{self, CommitInfo, LayerKind, NewLayer},
     tar::{self, Unpacked, Whiteouts},
 };
@@ -91,7 +92,7 @@ impl Engine {
             return Ok(None);
         }
         let path = self.layers.dir().join("load.lock");
-        let lock = std::fs::File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        let lock = open_lock(&path)?;
         lock.lock().doing(|| "waiting for another load".to_string())?;
         Ok(Some(lock))
     }

@@ -6,7 +6,7 @@ use super::{
     now,
     sight::{self, Fate, Here, Numbers, View},
 };
-use graphdriver_core::{Access, Context, Error, ErrorKind, LayerId, Mount, Result, Root, mount};
+use graphdriver_core::{Access, Context, Error, ErrorKind, LayerId, Mount, Result, Root, mount, open_lock};
 use rusqlite::{Connection, params};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
@@ -111,7 +111,7 @@ impl Engine {
     /// mount nobody may look. A killed process gives its turn back.
     fn mounts_turn(&self) -> Result<File> {
         let path = self.layers.dir().join("mounts.lock");
-        let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        let lock = open_lock(&path)?;
         lock.lock().doing(|| format!("locking {}", path.display()))?;
         Ok(lock)
     }
@@ -128,8 +128,7 @@ impl Engine {
     pub(super) fn layer_turn(&self, name: &str, layer: LayerId, wait: bool) -> Result<Option<File>> {
         use nix::{fcntl::FcntlArg, libc};
         let path = self.layers.dir().join(name);
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.doing(|| format!("opening {}", path.display()))?;
+        let file = open_lock(&path)?;
         let byte = libc::flock {
             l_type: libc::F_WRLCK as i16,
             l_whence: libc::SEEK_SET as i16,

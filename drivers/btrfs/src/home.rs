@@ -6,7 +6,9 @@ use crate::{
     subvolume,
     usage::{self, generation},
 };
-use graphdriver_core::{ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage};
+use graphdriver_core::{
+    ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage, open_lock,
+};
 use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
 use rustix::{
     fs::{self, CWD, FlockOperation, Mode},
@@ -371,7 +373,7 @@ impl Home {
     /// if it is held and the operation does not wait.
     fn lock_frozen(&self, how: FlockOperation) -> Result<Option<File>> {
         let path = self.path.join("frozen.lock");
-        let file = File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        let file = open_lock(&path)?;
         match fs::flock(&file, how) {
             Err(Errno::WOULDBLOCK) => Ok(None),
             locked => locked.map(|()| Some(file)).doing(|| format!("locking {}", path.display())),

@@ -20,7 +20,7 @@ use crate::{
     storage, sys,
     sys::ByteLock,
 };
-use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result};
+use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result, open_lock};
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -72,10 +72,9 @@ impl Pool {
     pub(crate) fn open(home: &Path, wishes: Wishes) -> Result<Pool> {
         let kernel = Kernel::open()?;
         kernel.need_thin_pools()?;
-        let doing = || format!("opening {}", home.display());
-        std::fs::create_dir_all(home).doing(doing)?;
-        let uses = File::options().read(true).write(true).create(true).truncate(false).open(home.join("uses.lock"));
-        let pool = Pool { home: home.into(), kernel, wishes, uses: uses.doing(doing)?, held: Mutex::default() };
+        std::fs::create_dir_all(home).doing(|| format!("opening {}", home.display()))?;
+        let uses = open_lock(&home.join("uses.lock"))?;
+        let pool = Pool { home: home.into(), kernel, wishes, uses, held: Mutex::default() };
         pool.begin()?;
         Ok(pool)
     }
@@ -101,7 +100,7 @@ impl Pool {
 
     fn lock(&self) -> Result<File> {
         let path = self.home.join("pool.lock");
-        let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
+        let lock = open_lock(&path)?;
         lock.lock().doing(|| format!("locking {}", path.display()))?;
         Ok(lock)
     }

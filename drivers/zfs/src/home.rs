@@ -1,6 +1,6 @@
 //! The data directory, and the dataset below which the layers are.
 
-use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result, mount, overlay_home::nearest_existing};
+use graphdriver_core::{Context, Error, ErrorKind, LayerId, Result, mount, open_lock, overlay_home::nearest_existing};
 use graphdriver_quota::refquota::{check_name, existing, zfs};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use std::{
@@ -177,7 +177,7 @@ pub(crate) fn open(home: &Path, fsname: Option<&str>) -> Result<Names> {
     for dir in [home.into(), mount_point(home, "from"), mount_point(home, "to")] {
         graphdriver_core::overlay_home::make_dirs(&dir)?;
     }
-    let lock = File::create(home.join("lock")).doing(|| format!("opening {}", home.join("lock").display()))?;
+    let lock = open_lock(&home.join("lock"))?;
     lock.lock().doing(|| format!("locking {}", home.join("lock").display()))?;
     let record = match Record::load(home)? {
         Some(record) => record,

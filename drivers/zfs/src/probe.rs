@@ -24,13 +24,17 @@ pub(crate) fn support(home: &Path, wishes: &Wishes) -> Result<Support> {
     let parent = home::parent_dataset(home, wishes.fsname.as_deref())?;
     check_name(&parent)?;
     let own = home::recorded(home)?;
-    let found = list(&["recordsize"], &own.iter().chain([&parent]).map(String::as_str).collect::<Vec<_>>())?;
+    let found = list(&["recordsize", "type"], &own.iter().chain([&parent]).map(String::as_str).collect::<Vec<_>>())?;
     let of = |name: &str| found.iter().find(|row| row.name == name);
     let Some(inherited) = of(&parent) else {
         let pool = parent.split('/').next().unwrap_or_default();
         return Err(Error::new(ErrorKind::Unsupported, format!("there is no dataset {parent}"))
             .hint(format!("zfs create -p {parent}, or if its pool is not imported: zpool import {pool}")));
     };
+    if inherited.values[1] != "filesystem" {
+        let why = format!("zfs.fsname: {parent} is a {}; name a filesystem", inherited.values[1]);
+        return Err(Error::new(ErrorKind::InvalidInput, why));
+    }
     // Layers inherit it from the store's dataset, once there is one.
     let row = own.as_deref().and_then(of).unwrap_or(inherited);
     Ok(Support { recordsize: number(&row.values[0])?, parent })

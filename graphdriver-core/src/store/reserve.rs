@@ -6,19 +6,36 @@
 use super::session::absent_is_fine;
 use crate::Result;
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
-use std::{fs, path::Path};
+use std::{
+    fs,
+    io::{self, Read, Write},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 const NAME: &str = "reserve";
 
 /// In bytes: ten times what removing an image of 100 layers was seen to need.
 const SIZE: u64 = 2 << 20;
 
+/// How long the space may take to be there once the reserve is gone.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 /// Gives the reserve in the store's directory free if the filesystem has nearly no other space left.
 pub fn spend(dir: &Path) -> Result<()> {
-    match available(dir) {
-        Some(bytes) if bytes < SIZE / 2 => absent_is_fine(fs::remove_file(dir.join(NAME))),
-        _ => Ok(()),
+    let (path, before) = (dir.join(NAME), available(dir));
+    if before.is_none_or(|bytes| bytes >= SIZE / 2) || !path.exists() {
+        return Ok(());
     }
+    absent_is_fine(fs::remove_file(path))?;
+    // ZFS has the space when it has written its transaction group, every 5 seconds.
+    let until = Instant::now() + PATIENCE;
+    while available(dir) <= before && Instant::now() < until {
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// Makes the reserve if it is not there and there is plenty of space. Going without is no error.
@@ -27,11 +44,21 @@ pub fn keep(dir: &Path) {
     if path.exists() || available(dir).is_none_or(|bytes| bytes < 8 * SIZE) {
         return;
     }
-    let made = fs::File::create(&path).and_then(|file| Ok(fallocate(&file, FallocateFlags::empty(), 0, SIZE)?));
-    if let Err(e) = made {
+    if let Err(e) = fs::File::create(&path).and_then(fill) {
         tracing::debug!("no space is kept back in {}: {e}", path.display());
         let _ = fs::remove_file(&path);
     }
+}
+
+/// ZFS allocates nothing in advance, and nothing for what it can compress away.
+fn fill(mut file: fs::File) -> io::Result<()> {
+    let allocated = fallocate(&file, FallocateFlags::empty(), 0, SIZE);
+    if allocated.is_err() || file.metadata()?.blocks() * 512 < SIZE {
+        let mut noise = Vec::new();
+        fs::File::open("/dev/urandom")?.take(SIZE).read_to_end(&mut noise)?;
+        file.write_all(&noise)?;
+    }
+    Ok(())
 }
 
 /// Bytes; none if the directory is not there yet.
@@ -42,7 +69,6 @@ fn available(dir: &Path) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn the_reserve_takes_space_and_stays_while_there_is_enough() {

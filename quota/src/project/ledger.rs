@@ -17,7 +17,7 @@
 //! after a crash in between it tells what is to be done. The file is replaced whole (`projects.new`, flushed, renamed) by
 //! whoever holds the lock (flock(2)) on `BASE/projects.lock`.
 
-use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result};
+use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result, open_lock};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -48,10 +48,11 @@ pub(crate) struct Book {
 
 impl Book {
     /// A project of the range that no tree has and `taken` does not say of, looked for from `next` on and then from the
-    /// beginning.
+    /// beginning. `option` is what users give another range with.
     pub(crate) fn free(
         &mut self,
         range: &RangeInclusive<u32>,
+        option: &str,
         mut taken: impl FnMut(u32) -> Result<bool>,
     ) -> Result<u32> {
         let ours: std::collections::HashSet<u32> = self.trees.values().map(|entry| entry.project).collect();
@@ -64,7 +65,7 @@ impl Book {
         }
         let why = format!("all projects from {} to {} are in use", range.start(), range.end());
         Err(Error::new(ErrorKind::OutOfSpace, why)
-            .hint("give a larger range of numbers with the option quota_projects"))
+            .hint(format!("give a larger range of numbers with the option {option}")))
     }
 
     pub(crate) fn parse(text: &str) -> Result<Book> {
@@ -148,7 +149,7 @@ impl Ledger {
     /// Changes it, alone among all processes. Nothing is written if it stays as it was, or on an error.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Book) -> Result<T>) -> Result<T> {
         let lock = self.base.join("projects.lock");
-        let file = File::create(&lock).doing(|| format!("making {}", lock.display()))?;
+        let file = open_lock(&lock)?;
         file.lock().doing(|| format!("locking {}", lock.display()))?;
         let before = self.read()?;
         let mut after = before.clone();

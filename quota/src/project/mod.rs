@@ -54,14 +54,23 @@ const BLOCK: u64 = 64 << 10;
 pub struct ProjectQuota {
     base: PathBuf,
     range: RangeInclusive<u32>,
+    /// What users give another range with.
+    option: String,
     ledger: Ledger,
     kernel: Kernel,
 }
 
 impl ProjectQuota {
-    /// Of the trees in `base`, which is on a filesystem that [has](probe) them, with projects out of `range`.
-    pub fn open(base: &Path, range: RangeInclusive<u32>) -> Result<ProjectQuota> {
-        Ok(ProjectQuota { base: base.into(), range, ledger: Ledger::new(base), kernel: Kernel::of(base)? })
+    /// Of the trees in `base`, which is on a filesystem that [has](probe) them, with projects out of `range`,
+    /// which users choose with `option`.
+    pub fn open(base: &Path, range: RangeInclusive<u32>, option: &str) -> Result<ProjectQuota> {
+        Ok(ProjectQuota {
+            base: base.into(),
+            range,
+            option: option.into(),
+            ledger: Ledger::new(base),
+            kernel: Kernel::of(base)?,
+        })
     }
 
     /// Limits the tree `name`, which lies at `dir` for the moment, perhaps not in its place yet. Files that are there already
@@ -121,7 +130,7 @@ impl ProjectQuota {
         }
         let named = named_elsewhere();
         let taken = |project| Ok(named.contains(&project) || self.kernel.get(project)? != State::default());
-        Ok(Entry { project: book.free(&self.range, taken)?, limits: Limits::default(), ready: false })
+        Ok(Entry { project: book.free(&self.range, &self.option, taken)?, limits: Limits::default(), ready: false })
     }
 
     /// Where to begin in the range: elsewhere in each base, so that two on one filesystem stay out of each other's way.

@@ -46,7 +46,7 @@ impl Disk {
     }
 
     fn quota(&self, range: RangeInclusive<u32>) -> ProjectQuota {
-        ProjectQuota::open(&self.path(), range).unwrap()
+        ProjectQuota::open(&self.path(), range, "d.quota_projects").unwrap()
     }
 
     fn tree(&self, name: &str) -> PathBuf {
@@ -220,7 +220,7 @@ fn what_a_crash_left_is_finished_or_undone() {
         // What is noted first, of which nothing is done yet.
         let enter = |name: &str| {
             let note = |book: &mut Book| {
-                let project = book.free(&(700..=799), |_| Ok(false))?;
+                let project = book.free(&(700..=799), "d.quota_projects", |_| Ok(false))?;
                 let entry = Entry { project, limits: size(20 * MIB), ready: false };
                 book.trees.insert(name.into(), entry);
                 Ok(entry)
@@ -523,7 +523,7 @@ fn a_change_that_failed_leaves_the_limits_as_they_were() {
 fn two_homes_on_one_filesystem_never_share_a_project() {
     each("two_homes_on_one_filesystem_never_share_a_project", |disk| {
         let homes = ["a", "b", "c", "d"].map(|name| disk.tree(name));
-        let open = |home: &PathBuf| ProjectQuota::open(home, 700..=723).unwrap();
+        let open = |home: &PathBuf| ProjectQuota::open(home, 700..=723, "d.quota_projects").unwrap();
         std::thread::scope(|scope| {
             for home in &homes {
                 scope.spawn(move || {
@@ -605,7 +605,7 @@ fn the_process_that_is_killed() {
     let Ok(told) = std::env::var("GRAPHDRIVER_QUOTA_KILLED") else { return };
     let (seed, base) = told.split_once(' ').unwrap();
     let (mut random, base) = (seed.parse::<u64>().unwrap(), Path::new(base));
-    let quota = ProjectQuota::open(base, 700..=799).unwrap();
+    let quota = ProjectQuota::open(base, 700..=799, "d.quota_projects").unwrap();
     let mut below = |n: u64| {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (random >> 33) % n

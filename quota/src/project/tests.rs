@@ -55,17 +55,21 @@ fn projects_are_given_in_turn_and_never_those_of_others() {
     let taken = |project: u32| Ok([12, 15, 10].contains(&project));
     let mut given = Vec::new();
     for name in ["b", "c"] {
-        let project = book.free(&(10..=15), taken).unwrap();
+        let project = book.free(&(10..=15), "d.quota_projects", taken).unwrap();
         book.trees.insert(name.into(), entry(project, None, None, true));
         given.push(project);
     }
     assert_eq!((given, book.next), (vec![14, 11], 12));
-    let e = book.free(&(10..=15), taken).unwrap_err();
-    assert!(e.kind() == ErrorKind::OutOfSpace && e.to_string().contains("quota_projects"), "{e}");
+    let e = book.free(&(10..=15), "d.quota_projects", taken).unwrap_err();
+    assert!(e.kind() == ErrorKind::OutOfSpace && e.to_string().contains("the option d.quota_projects"), "{e}");
     // A range that was changed since: what is out of it stays whose it is.
-    assert_eq!(book.free(&(14..=20), |_| Ok(false)).unwrap(), 15);
+    assert_eq!(book.free(&(14..=20), "d.quota_projects", |_| Ok(false)).unwrap(), 15);
     book.trees.remove("b");
-    assert_eq!(book.free(&(14..=20), |_| Ok(false)).unwrap(), 16, "a freed number is not given again at once");
+    assert_eq!(
+        book.free(&(14..=20), "d.quota_projects", |_| Ok(false)).unwrap(),
+        16,
+        "a freed number is not given again at once"
+    );
 }
 
 #[test]
@@ -78,7 +82,7 @@ fn processes_take_turns_with_the_ledger() {
             scope.spawn(move || {
                 for m in 0..10 {
                     let add = |book: &mut Book| {
-                        let project = book.free(&(1..=1000), |_| Ok(false))?;
+                        let project = book.free(&(1..=1000), "d.quota_projects", |_| Ok(false))?;
                         book.trees.insert(format!("{n}-{m}"), entry(project, None, None, true));
                         Ok(())
                     };
@@ -173,7 +177,7 @@ proptest! {
                 // A gift whose maker may be killed before anything has it.
                 (0 | 1, None) => {
                     let enter = |book: &mut Book| {
-                        let project = book.free(&(1..=12), |project| Ok(on_disk.contains(&project)))?;
+                        let project = book.free(&(1..=12), "d.quota_projects", |project| Ok(on_disk.contains(&project)))?;
                         book.trees.insert(name.clone(), entry(project, None, None, what == 0));
                         Ok(project)
                     };
