@@ -88,7 +88,7 @@ fn unknown_settings_are_errors_that_list_the_known_ones() {
     let twice = "graphdriver --storage-opt overlay2.metacopy=on info --storage-opt overlay2.metacopy=off";
     home.fails(2, twice, &["overlay2.metacopy", "twice", "\"on\"", "\"off\""]);
     home.fails(2, "graphdriver create --storage-opt size=1G --storage-opt size=2G x", &["size", "twice"]);
-    home.fails(2, "graphdriver create --storage-opt size=0 x", &["size of 0"]);
+    home.fails(2, "graphdriver create --storage-opt size=0 x", &["size=0", "limit of 0"]);
     home.fails(6, "graphdriver --storage-opt overlay2.size=1G info", &["overlay2.size", "quota"]);
     home.fails(2, "graphdriver --format xml images", &["table, json"]);
     home.fails(2, "graphdriver imags", &["images"]);

@@ -39,7 +39,7 @@ fn size(text: &str) -> Result<Option<ByteSize>> {
 
 pub(crate) fn size_limit(text: &str) -> Result<ByteSize> {
     match text.parse()? {
-        ByteSize(0) => Err(Error::new(ErrorKind::InvalidInput, "nothing can be in a size of 0")),
+        ByteSize(0) => Err(Error::new(ErrorKind::InvalidInput, "a limit of 0 bytes lets nothing be written at all")),
         size => Ok(size),
     }
 }
