@@ -388,7 +388,7 @@ fn quotas_turned_off_meanwhile_hinder_nothing_but_limits() {
     rig.quotas_off();
     let size = Limits { size: Some(ByteSize(1 << 24)), inodes: None };
     let e = rig.driver.set_limits(layer(2), size).unwrap_err();
-    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
+    assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs.quota=simple"), "{e}");
     assert_eq!(rig.driver.limits(layer(2)).unwrap(), Limits::default());
     rig.driver.set_limits(layer(2), Limits::default()).unwrap();
     fs::write(rig.view(2, Access::ReadWrite).join("g"), vec![1; 100_000]).unwrap();
@@ -417,7 +417,7 @@ fn a_limit_that_the_filesystem_forgot_is_set_again_or_nobody_writes() {
         let plain = rig.at(&rig.home, &[]);
         for driver in [&rig.driver, &plain.driver] {
             let e = driver.mount(layer(2), &[layer(1)], Access::ReadWrite).unwrap_err();
-            assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs quota enable"), "{e}");
+            assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("btrfs.quota=simple"), "{e}");
             driver.mount(layer(2), &[layer(1)], Access::ReadOnly).unwrap();
             assert_eq!(driver.limits(layer(2)).unwrap(), size, "it is what holds as soon as anybody can write");
         }

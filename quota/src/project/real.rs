@@ -412,7 +412,7 @@ fn a_full_tree_can_be_mounted_again_and_again_and_stays_bounded() {
             });
         };
         // Full as it is, and limited to far less than it takes.
-        let cases = [("full", limits(2, 30), limits(2, 30), 18), ("lowered", limits(20, 30), limits(1, 12), 37)];
+        let cases = [("full", limits(2, 30), limits(2, 30), 18), ("lowered", limits(20, 30), limits(2, 12), 37)];
         for (name, first, then, most) in cases {
             let tree = disk.tree(name);
             File::create(tree.join("f")).unwrap();
