@@ -7,7 +7,7 @@
 //! HOME/lock               flock(2): opening takes turns
 //! HOME/mnt/from, mnt/to   where `zfs diff` sees datasets mounted, in a mount namespace of its own
 //!
-//! ROOT                    the store's dataset, FSNAME/graphdriver-XXXXXXXXXXXX; layers inherit its properties
+//! ROOT                    the store's dataset, FSNAME/graphdriver-ID of 12 hexadecimal digits; layers inherit its properties
 //! ROOT/empty@committed    what layers without a parent are clones of
 //! ROOT/ID                 a layer: a clone of its parent's snapshot
 //! ROOT/ID@committed       there as soon as it is committed, and what is shown of it
