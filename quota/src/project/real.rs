@@ -198,9 +198,12 @@ fn writers_do_not_escape_while_a_tree_gets_its_project() {
                 let mut n = 0u32;
                 while !done.load(std::sync::atomic::Ordering::Relaxed) {
                     let dir = tree.join(format!("{}/sub", n % 20));
-                    fs::write(dir.join(format!("f{n}")), "x").unwrap();
+                    fs::write(dir.join(format!("f{}", n % 10)), "x").unwrap();
+                    // What it writes is bounded, as a slow machine gives it the time to fill the tree.
+                    let to = tree.join(format!("{}/sub{}", (n + 7) % 20, n % 500));
+                    let _ = fs::remove_dir_all(&to);
                     // Between projects that is refused, which a program has to live with meanwhile.
-                    let _ = fs::rename(&dir, tree.join(format!("{}/sub{n}", (n + 7) % 20)));
+                    let _ = fs::rename(&dir, &to);
                     fs::create_dir_all(&dir).unwrap();
                     n += 1;
                 }
