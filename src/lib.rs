@@ -2,6 +2,7 @@
 //!
 //! Start at [`Engine`]; the command line in `main.rs` is a thin layer over it.
 
+pub mod bench;
 pub mod config;
 #[cfg(feature = "containerd")]
 pub mod containerd;

@@ -1,0 +1,3 @@
+//! `graphdriver bench`: what copy-on-write and redirect-on-write cost on this host.
+
+pub mod results;

@@ -1,0 +1,173 @@
+//! What a run measured, as `results.json` holds it.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The version of the format. It grows with a change that older programs would misread.
+pub const FORMAT: u32 = 1;
+
+/// One run, whole: the contents of `results.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The version of graphdriver that measured.
+    pub version: String,
+    /// When the run began: RFC 3339, UTC.
+    pub began: String,
+    /// Where it ran.
+    pub host: Host,
+    /// Size of the large lower file, in bytes.
+    pub size: u64,
+    /// How often each case ran on a fresh filesystem.
+    pub repetitions: u32,
+    /// What was measured, in the order of the table.
+    pub subjects: Vec<Subject>,
+    /// What came of it, by subject and then by workload.
+    pub measurements: Vec<Measurement>,
+    /// What could not be measured, and why.
+    pub skipped: Vec<Skipped>,
+}
+
+/// The machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// `uname -r`.
+    pub kernel: String,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory, in bytes.
+    pub memory: u64,
+}
+
+/// A driver on a filesystem, or the plain directory it is compared with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subject {
+    /// `overlay2 on ext4`, `plain directory on ext4`: what measurements name.
+    pub name: String,
+    /// None for the plain directory, which is the baseline of its filesystem.
+    pub driver: Option<String>,
+    /// The filesystem on the loop device; for devicemapper the one on its thin devices.
+    pub filesystem: String,
+    /// As the kernel shows them in mountinfo.
+    pub mount_options: String,
+    /// Its options, by name.
+    pub driver_options: BTreeMap<String, String>,
+    /// In words, with the unit: `copy-up (whole file)`, `redirect-on-write (64 KiB blocks)`.
+    pub strategy: String,
+}
+
+/// One case of a workload on one subject.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// The subject's name.
+    pub subject: String,
+    /// `first-write`, `rewrite`, …
+    pub workload: String,
+    /// Which case of it, for the reader: `64 KiB`, `10%`, `10 layers`.
+    pub case: String,
+    /// The number in it, for a chart's axis: bytes, percent, layers or containers.
+    pub x: u64,
+    /// One per repetition.
+    pub samples: Vec<Sample>,
+}
+
+/// What one repetition took. Bytes of the device are what its block layer counted until after a sync.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Bytes that the program wrote. 0 for workloads that change only metadata, which have no amplification.
+    pub written: u64,
+    /// Bytes that reached the device.
+    pub device_written: u64,
+    /// Bytes that were read from it. Caches were dropped before.
+    pub device_read: u64,
+    /// Latency of the first operation on each file.
+    pub first: Option<Latency>,
+    /// Latency of the operations after it.
+    pub later: Option<Latency>,
+    /// Bytes that the layers written to hold afterwards, as their driver measures them.
+    pub space: u64,
+    /// Bytes that the filesystem lost to it, as `statfs` shows.
+    pub space_on_device: u64,
+    /// Size of the exported diff, in bytes; None where nothing is exported (the plain directory).
+    pub diff: Option<u64>,
+    /// Time that the processors spent, user and system of the whole machine, in microseconds: drivers work in the kernel and in
+    /// other processes too.
+    pub cpu_us: u64,
+    /// Time on the clock until after the sync, in microseconds.
+    pub wall_us: u64,
+}
+
+/// Microseconds per operation.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// Half took less.
+    pub median: f64,
+    /// One of a hundred took more.
+    pub p99: f64,
+    /// How many there were.
+    pub count: u64,
+}
+
+/// What was not measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The subject's name.
+    pub subject: String,
+    /// None: all of them.
+    pub workload: Option<String>,
+    /// And what would help.
+    pub reason: String,
+}
+
+/// The middle of several repetitions, and how far they lie apart.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Spread {
+    /// Half of the values are smaller.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// None of nothing.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
+        let mut all: Vec<f64> = values.into_iter().collect();
+        all.sort_by(f64::total_cmp);
+        let (min, max) = (*all.first()?, *all.last()?);
+        let middle = all.len() / 2;
+        let median = if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 };
+        Some(Spread { median, min, max })
+    }
+}
+
+impl Measurement {
+    /// Bytes that reached the device for each byte written; None if the program wrote none.
+    pub fn write_amplification(&self) -> Option<Spread> {
+        self.per_byte(|sample| sample.device_written)
+    }
+
+    /// Bytes read from the device for each byte written.
+    pub fn read_amplification(&self) -> Option<Spread> {
+        self.per_byte(|sample| sample.device_read)
+    }
+
+    fn per_byte(&self, bytes: impl Fn(&Sample) -> u64) -> Option<Spread> {
+        let wrote = self.samples.iter().filter(|sample| sample.written > 0);
+        Spread::of(wrote.map(|sample| bytes(sample) as f64 / sample.written as f64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_spread_of_values() {
+        assert_eq!(Spread::of([]), None);
+        assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0 }));
+        assert_eq!(Spread::of([4.0, 1.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
+    }
+}
