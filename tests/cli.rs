@@ -613,6 +613,7 @@ fn umount_takes_directories_as_they_are_typed_and_names() {
     home.fails(3, "graphdriver umount c", &["not mounted", "graphdriver mounts"]);
     home.fails(3, "graphdriver umount m", &["mounted nothing at"]);
     home.fails(3, "graphdriver umount gone", &["gone"]);
+    home.fails(3, "graphdriver umount ./gone", &["no such directory", "graphdriver mounts"]);
     home.fails(5, "graphdriver mount c m; cd m; graphdriver umount c", &["busy", "--lazy"]);
     home.ok("graphdriver mount c m; (cd m; graphdriver umount --lazy c; test -f etc/motd); test -z \"$(ls m)\"");
     // Unmounted behind the program's back, or gone with its namespace: no phantom is left.

@@ -305,6 +305,11 @@ impl Engine {
                     Error::new(ErrorKind::NotFound, format!("graphdriver mounted nothing at {}", path.display()))
                         .hint("`graphdriver mounts` lists what it did")
                 }
+                None if what.starts_with(['/', '.']) => Error::new(
+                    ErrorKind::NotFound,
+                    "there is no such directory, and no container or image is called so",
+                )
+                .hint("`graphdriver mounts` lists where something is mounted"),
                 None => e,
             })?;
             chosen.retain(|row| row.object == id);

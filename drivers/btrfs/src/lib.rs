@@ -241,7 +241,7 @@ impl GraphDriver for Btrfs {
     }
 
     fn usage(&self, id: LayerId) -> Result<Usage> {
-        self.home.usage(id).doing(|| format!("measuring layer {id}"))
+        self.home.usage(id)
     }
 
     fn thaw(&self, id: LayerId) -> Result<()> {
