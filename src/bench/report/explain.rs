@@ -170,7 +170,7 @@ fn ends<'a>(
     let cases = view.cases(workload);
     let mut has = cases.iter().filter_map(|case| Some((*case, view.value(subject, *case, metric)?.median)));
     let first = has.next()?;
-    has.last().filter(|last| last.0.x > first.0.x).map(|last| (first, last))
+    has.next_back().filter(|last| last.0.x > first.0.x).map(|last| (first, last))
 }
 
 fn beside(view: View, subject: &Subject, case: Case, metric: Metric) -> Option<Spread> {
@@ -231,12 +231,15 @@ fn choice_row(view: View, question: &Question) -> Option<String> {
     let near = |value: &Spread| value.median <= best.median * ALIKE || value.min <= best.max;
     let far = |value: &Spread| value.median * ALIKE >= worst.median || value.max >= worst.min;
     let listed = |rows: Vec<&(&Subject, Spread)>| rows.into_iter().map(shown).collect::<Vec<_>>().join("<br/>");
-    let least = listed(values.iter().filter(|(_, value)| near(value)).collect());
-    let most = listed(values.iter().filter(|(_, value)| far(value) && !near(value)).collect());
-    let most = if near(worst) { "all alike".to_owned() } else { most };
+    let (least, most) = match near(worst) {
+        true => (format!("all alike <small>{}</small>", escape((question.show)(best.median))), "–".to_owned()),
+        false => (
+            listed(values.iter().filter(|(_, value)| near(value)).collect()),
+            listed(values.iter().filter(|(_, value)| far(value) && !near(value)).collect()),
+        ),
+    };
     let (what, case, unit) = (question.words, escape(case.name), question.unit);
     Some(format!(
-        "<tr><th>{what} <small>{case}, {unit}</small></th><td class=\"text\">{}</td><td class=\"text\">{most}</td></tr>\n",
-        least
+        "<tr><th>{what}<br/><small>{case}, {unit}</small></th><td class=\"text\">{least}</td><td class=\"text\">{most}</td></tr>\n"
     ))
 }
