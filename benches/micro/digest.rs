@@ -12,7 +12,7 @@ use std::{
 /// on another.
 pub fn digest(c: &mut Criterion) {
     // Several of them, as the start of threads is not the point.
-    let tar = layer_tar().repeat(4);
+    let tar = layer_tar().repeat(20);
     let dir = scratch();
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(&tar).expect("memory takes what is written");

@@ -11,7 +11,7 @@ use std::{
 use tempfile::TempDir;
 
 /// Files of a layer, in directories of 50.
-pub const FILES: u64 = 1000;
+pub const FILES: u64 = 200;
 /// Bytes of each.
 pub const SIZE: u64 = 4096;
 
