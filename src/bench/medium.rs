@@ -5,7 +5,7 @@ use graphdriver_core::{Context, Error, ErrorKind, Mount, Result, mount};
 use rustix::fs::{fstatvfs, syncfs};
 use std::{
     fmt,
-    fs::File,
+    fs::{self, File},
     os::fd::AsFd,
     path::Path,
     process::{Command, Stdio},
@@ -72,6 +72,7 @@ impl fmt::Display for Kind {
 pub(super) struct Medium {
     kind: Kind,
     dir: TempDir,
+    recipe: Option<Mount>,
     mounted: bool,
     pool: Option<String>,
     device: Device,
@@ -83,7 +84,7 @@ impl Medium {
         let dir = dir.doing(|| format!("making a directory in {}", scratch.display()))?;
         let device = Device::new(scratch, size)?;
         // From here on a failure undoes what was done.
-        let mut medium = Medium { kind, dir, mounted: false, pool: None, device };
+        let mut medium = Medium { kind, dir, recipe: None, mounted: false, pool: None, device };
         medium.set_up().doing(|| format!("making {kind} to measure on"))?;
         Ok(medium)
     }
@@ -110,10 +111,34 @@ impl Medium {
                 recipe(&kind.to_string(), &device, kind.mount_options())
             }
         };
-        let root = mount::detached(&[recipe])?;
+        self.recipe = Some(recipe);
+        self.mount()
+    }
+
+    fn mount(&mut self) -> Result<()> {
+        let root = mount::detached(self.recipe.as_slice())?;
         mount::attach(root.as_fd(), File::open(self.dir.path())?.as_fd())?;
         self.mounted = true;
         Ok(())
+    }
+
+    fn unmount(&mut self) -> Result<()> {
+        patiently(|| mount::unmount(self.dir.path(), false))?;
+        self.mounted = false;
+        Ok(())
+    }
+
+    /// Forgets what is cached of it, so that reading begins at the device. Nobody may be using it. Of a whole device nothing
+    /// is cached here; a pool's cache outlives its mounts, so that there the whole machine's caches are dropped.
+    pub fn forget(&mut self) -> Result<()> {
+        match self.kind {
+            Kind::Ext4 | Kind::Xfs | Kind::Btrfs => self.unmount().and_then(|()| self.mount()),
+            Kind::Whole => Ok(()),
+            Kind::Zfs => {
+                let path = "/proc/sys/vm/drop_caches";
+                fs::write(path, "3").doing(|| format!("dropping caches through {path}"))
+            }
+        }
     }
 
     /// Where it is mounted; what is not on the device where that is the driver's alone.
@@ -172,26 +197,30 @@ impl Medium {
 
 impl Drop for Medium {
     fn drop(&mut self) {
-        if self.mounted {
-            patiently("unmounting what was measured on", || mount::unmount(self.dir.path(), false));
-            // Where that has failed this takes it out of sight; the kernel frees it with its last user.
+        if self.mounted
+            && let Err(e) = self.unmount()
+        {
+            tracing::warn!("what was measured on stays mounted until this ends: {e}");
+            // Out of sight at least; the kernel frees it with its last user.
             let _ = mount::unmount(self.dir.path(), true);
         }
-        if let Some(pool) = &self.pool {
-            let destroy = || run(Command::new("zpool").args(["destroy", "-f", pool]), "zfsutils-linux");
-            patiently(&format!("destroying pool {pool}; later: zpool destroy -f {pool}"), destroy);
+        if let Some(pool) = &self.pool
+            && let Err(e) = patiently(|| run(Command::new("zpool").args(["destroy", "-f", pool]), "zfsutils-linux"))
+        {
+            tracing::warn!("pool {pool} is left, to be destroyed with zpool destroy -f {pool}: {e}");
         }
     }
 }
 
 /// Tries until it works: the last user, a program that serves a mount perhaps, may take a moment to go.
-pub(super) fn patiently(what: &str, mut attempt: impl FnMut() -> Result<()>) {
+pub(super) fn patiently(mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         match attempt() {
-            Ok(()) => return,
-            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
-            Err(e) => return tracing::warn!("{what}: {e}"),
+            Err(e) if e.kind() != ErrorKind::NotFound && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
         }
     }
 }

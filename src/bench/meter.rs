@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Counts from when it is made, of a stand whose containers are ready, with nothing cached.
+/// Counts from when it is made, of a stand whose containers are ready. What is cached should have been forgotten.
 pub(super) struct Meter<'a> {
     /// Bytes that the program wrote.
     pub written: u64,
@@ -39,7 +39,6 @@ impl<'a> Meter<'a> {
     /// `used` is what the filesystem held before the containers were made.
     pub fn begin(stand: &'a Stand, used: u64, cancel: &'a Cancel) -> Result<Meter<'a>> {
         stand.sync()?;
-        stand.forget()?;
         let begun = Counted { traffic: stand.traffic()?, cpu: cpu_time()?, time: Instant::now(), space: (0, 0) };
         Ok(Meter { written: 0, first: Vec::new(), later: Vec::new(), stand, cancel, used, begun, counted: None })
     }

@@ -26,12 +26,19 @@ pub(super) struct Stand {
     // In the order in which they have to go.
     containers: Vec<Container>,
     tree: Tree,
+    driver: Option<&'static str>,
+    options: Options,
     medium: Medium,
 }
 
 enum Tree {
-    Layered { layers: Layers, image: Vec<LayerId> },
+    Layered {
+        layers: Layers,
+        image: Vec<LayerId>,
+    },
     Plain,
+    /// Between two openings.
+    Closed,
 }
 
 /// A writable layer, or directory, that a workload writes to.
@@ -55,17 +62,24 @@ impl Stand {
     /// Makes the filesystem and opens the driver on it; `size` is the device's, `volume` that of devicemapper's layers.
     pub fn new(plan: &Plan, scratch: &Path, size: u64, volume: u64) -> Result<Stand> {
         let medium = Medium::new(plan.kind, scratch, size)?;
-        let tree = match plan.driver {
-            None => Tree::Plain,
-            Some(driver) => {
-                let options = placed(plan, &medium, volume);
-                let factory = registry::choose(medium.root(), Some(driver), &options)?;
-                let opened = registry::open(&factory, medium.root(), &options)?;
-                let layers = Layers::open(&registry::store_dir(medium.root(), driver), opened, &[])?;
-                Tree::Layered { layers, image: Vec::new() }
-            }
+        let options = placed(plan, &medium, volume);
+        let (containers, tree) = (Vec::new(), Tree::Closed);
+        let mut stand = Stand { containers, tree, driver: plan.driver, options, medium };
+        stand.open(Vec::new())?;
+        Ok(stand)
+    }
+
+    fn open(&mut self, image: Vec<LayerId>) -> Result<()> {
+        let Some(driver) = self.driver else {
+            self.tree = Tree::Plain;
+            return Ok(());
         };
-        Ok(Stand { containers: Vec::new(), tree, medium })
+        let root = self.medium.root();
+        let factory = registry::choose(root, Some(driver), &self.options)?;
+        let opened = registry::open(&factory, root, &self.options)?;
+        let layers = Layers::open(&registry::store_dir(root, driver), opened, &[])?;
+        self.tree = Tree::Layered { layers, image };
+        Ok(())
     }
 
     /// Why the driver does not work there, if so.
@@ -77,7 +91,7 @@ impl Stand {
     pub fn strategy(&self) -> Option<String> {
         match &self.tree {
             Tree::Layered { layers, .. } => Some(layers.driver().capabilities().write_strategy.to_string()),
-            Tree::Plain => None,
+            Tree::Plain | Tree::Closed => None,
         }
     }
 
@@ -85,7 +99,7 @@ impl Stand {
     pub fn max_depth(&self) -> usize {
         match &self.tree {
             Tree::Layered { layers, .. } => layers.driver().capabilities().max_depth,
-            Tree::Plain => usize::MAX,
+            Tree::Plain | Tree::Closed => usize::MAX,
         }
     }
 
@@ -104,7 +118,7 @@ impl Stand {
     /// Adds a layer to the image, on top of the others. A plain directory has all of them in one place.
     pub fn layer(&mut self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         match &mut self.tree {
-            Tree::Plain => {
+            Tree::Plain | Tree::Closed => {
                 let dir = image_dir(&self.medium);
                 fs::create_dir_all(&dir)?;
                 fill(&dir)
@@ -128,7 +142,7 @@ impl Stand {
     /// A further container on the image, mounted. Of plain directories the first is the image itself, others are copies.
     pub fn container(&mut self) -> Result<()> {
         let made = match &self.tree {
-            Tree::Plain => self.plain_container(),
+            Tree::Plain | Tree::Closed => self.plain_container(),
             Tree::Layered { layers, image } => {
                 let options = LayerOptions { durable: true, ..LayerOptions::default() };
                 let new = layers.create(LayerKind::Active, image.last().copied(), &options)?;
@@ -150,8 +164,7 @@ impl Stand {
                 path
             }
         };
-        let dir = File::open(&path)?;
-        Ok(Container { layer: None, path, dir, mount: None, in_user_space: false })
+        Ok(directory(path)?)
     }
 
     pub fn containers(&self) -> &[Container] {
@@ -164,7 +177,8 @@ impl Stand {
         let dir = tempfile::Builder::new().prefix("graphdriver-bench-").tempdir()?;
         mount::attach(mounted.as_fd(), File::open(dir.path())?.as_fd())?;
         let done = work(dir.path());
-        patiently("unmounting a container", || mount::unmount(dir.path(), false));
+        // The mount itself lives on, by its descriptor.
+        mount::unmount(dir.path(), true)?;
         done
     }
 
@@ -183,10 +197,33 @@ impl Stand {
         self.medium.sync()
     }
 
-    /// Forgets what is cached, of the whole machine, so that reading begins at the device.
-    pub fn forget(&self) -> Result<()> {
-        let path = "/proc/sys/vm/drop_caches";
-        fs::write(path, "3").doing(|| format!("dropping caches through {path}")).hint(|| "run it where root may")
+    /// Forgets what is cached of what is on the device, so that reading begins there. Containers are mounted anew.
+    pub fn forget(&mut self) -> Result<()> {
+        let containers: Vec<_> = self.containers.drain(..).map(|container| (container.layer, container.path)).collect();
+        // Its pool goes on, and what is cached of thin devices goes with their mounts.
+        if self.medium.kind() == Kind::Whole {
+            return self.show(containers);
+        }
+        let image = match std::mem::replace(&mut self.tree, Tree::Closed) {
+            Tree::Layered { image, .. } => image,
+            Tree::Plain | Tree::Closed => Vec::new(),
+        };
+        self.medium.forget().doing(|| "dropping caches")?;
+        self.open(image)?;
+        self.show(containers)
+    }
+
+    fn show(&mut self, containers: Vec<(Option<LayerId>, PathBuf)>) -> Result<()> {
+        for (layer, path) in containers {
+            self.containers.push(match (&self.tree, layer) {
+                (Tree::Layered { layers, .. }, Some(layer)) => {
+                    layers.driver().release(layer)?;
+                    shown(layers, layer)?
+                }
+                _ => directory(path)?,
+            });
+        }
+        Ok(())
     }
 
     pub fn traffic(&self) -> Result<Traffic> {
@@ -229,11 +266,10 @@ impl Stand {
         let mut all: Vec<LayerId> = layers.list()?.iter().map(|layer| layer.id).collect();
         all.sort_unstable_by_key(|id| std::cmp::Reverse(*id));
         layers.store().write(|tx| all.iter().try_for_each(|id| layers.remove_in(tx, *id)))?;
-        patiently("removing what was measured", || match layers.sweep()? {
+        patiently(|| match layers.sweep()? {
             0 => Ok(()),
             n => Err(Error::new(ErrorKind::Busy, format!("{n} layers are in use"))),
-        });
-        Ok(())
+        })
     }
 }
 
@@ -262,6 +298,11 @@ pub(super) fn placed(plan: &Plan, medium: &Medium, volume: u64) -> Options {
         }
     }
     options
+}
+
+fn directory(path: PathBuf) -> io::Result<Container> {
+    let dir = File::open(&path)?;
+    Ok(Container { layer: None, path, dir, mount: None, in_user_space: false })
 }
 
 fn image_dir(medium: &Medium) -> PathBuf {

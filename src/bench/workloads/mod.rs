@@ -87,7 +87,7 @@ impl Run<'_> {
         self.stand.layer(|dir| fill(dir, self.cancel))
     }
 
-    /// Makes so many containers. Returns what the filesystem held before.
+    /// Makes so many containers, of which nothing is cached. Returns what the filesystem held before.
     fn containers(&mut self, number: u64) -> Result<u64> {
         self.stand.sync()?;
         let used = self.stand.medium().used()?;
@@ -95,7 +95,13 @@ impl Run<'_> {
             self.cancel.check()?;
             self.stand.container()?;
         }
+        self.forget()?;
         Ok(used)
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.stand.sync()?;
+        self.stand.forget()
     }
 
     /// Begins to count.
