@@ -63,7 +63,7 @@ pub fn workload_names() -> impl Iterator<Item = &'static str> {
 /// Measures. What cannot be measured, because something is missing or has failed, is in [`Results::skipped`].
 ///
 /// Gives the calling thread, and those it starts afterwards, a mount namespace of its own, so that nothing stays mounted
-/// when the process ends, however it ends. Needs root. Drops the machine's caches before each repetition.
+/// when the process ends, however it ends. Needs root. For ZFS it drops the caches of the whole machine.
 pub fn run(options: &Options, progress: &dyn Progress, cancel: &Cancel) -> Result<Results> {
     let plans = plan::subjects(&options.drivers, &options.filesystems, &options.storage_opts)?;
     let workloads = plan::workloads(&options.workloads)?;
@@ -85,8 +85,9 @@ pub fn run(options: &Options, progress: &dyn Progress, cancel: &Cancel) -> Resul
         let bench = Bench { plan, sizes, options, progress, cancel };
         match bench.describe() {
             Ok(subject) => results.subjects.push(subject),
-            Err(e) if e.kind() == ErrorKind::Interrupted => return Err(e),
             Err(e) => {
+                // A signal from the terminal has reached the programs that were run, too.
+                cancel.check()?;
                 results.skipped.push(Skipped { subject: plan.name.clone(), workload: None, reason: e.to_string() });
                 continue;
             }
@@ -227,12 +228,14 @@ impl Bench<'_> {
             self.progress.advance(&self.plan.name, n as u64, Some(cases.len() as u64));
             match self.repeat(workload, case) {
                 Ok(measured) => results.measurements.extend(measured),
-                Err(e) if e.kind() == ErrorKind::Interrupted => return Err(e),
-                Err(e) => results.skipped.push(Skipped {
-                    subject: self.plan.name.clone(),
-                    workload: Some(workload.name.into()),
-                    reason: format!("{}: {e}", case.label),
-                }),
+                Err(e) => {
+                    self.cancel.check()?;
+                    results.skipped.push(Skipped {
+                        subject: self.plan.name.clone(),
+                        workload: Some(workload.name.into()),
+                        reason: format!("{}: {e}", case.label),
+                    });
+                }
             }
         }
         self.progress.finish(&self.plan.name);

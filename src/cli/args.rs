@@ -216,8 +216,8 @@ pub(crate) enum BenchCommand {
     ///
     /// For every driver that works here, and for a plain directory beside it: bytes written to and read from the disk,
     /// latencies, space, size of the diff, processor time. Each runs on a loop device of its own, which nothing else
-    /// writes to and of which nothing is left. Needs root, and drops the machine's caches again and again: what else runs
-    /// here becomes slower meanwhile, and spoils the times that are measured.
+    /// writes to and of which nothing is left. Needs root. Times are those of the machine: what else runs spoils them. For
+    /// zfs the caches of the whole machine are dropped again and again.
     WriteAmplification(WriteAmplificationArgs),
 }
 
