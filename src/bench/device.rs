@@ -15,8 +15,8 @@ use std::{
 /// it outlives this process and what is mounted from it.
 #[derive(Debug)]
 pub struct Device {
-    // Closed before the file.
-    device: File,
+    /// What keeps it, closed before the file.
+    _open: File,
     file: File,
     number: u32,
 }
@@ -39,7 +39,7 @@ impl Device {
         let file = tempfile::tempfile_in(scratch).doing(|| format!("making a file in {}", scratch.display()))?;
         file.set_len(size).doing(|| format!("making a sparse file of {size} bytes in {}", scratch.display()))?;
         let (device, number) = attach(&file).doing(|| "making a loop device")?;
-        Ok(Device { device, file, number })
+        Ok(Device { _open: device, file, number })
     }
 
     /// `/dev/loopN`.
@@ -57,11 +57,6 @@ impl Device {
     /// Bytes of the sparse file that are allocated.
     pub fn allocated(&self) -> Result<u64> {
         Ok(self.file.metadata()?.blocks() * SECTOR)
-    }
-
-    /// The descriptor that keeps it.
-    pub fn file(&self) -> &File {
-        &self.device
     }
 }
 

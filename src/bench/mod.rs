@@ -20,7 +20,7 @@ use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Options as DriverOpt
 use medium::{Kind, Medium};
 use nix::sched::{CloneFlags, unshare};
 use plan::Plan;
-use results::{FORMAT, Host, Measurement, Results, Sample, Skipped, Subject};
+use results::{FORMAT, Host, Measurement, Results, Skipped, Subject};
 use rustix::{
     fs::statvfs,
     mount::{MountPropagationFlags, mount_change},
@@ -28,7 +28,7 @@ use rustix::{
 };
 use stand::Stand;
 use std::path::{Path, PathBuf};
-use workloads::{Case, Run, Sizes, Workload};
+use workloads::{Case, Named, Run, Sizes, Workload};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -137,8 +137,7 @@ fn check(options: &Options) -> Result<Sizes> {
 fn isolate() -> Result<()> {
     let unshared = unshare(CloneFlags::CLONE_NEWNS).map_err(std::io::Error::from);
     unshared.doing(|| "making a mount namespace").hint(|| "in a container it needs --privileged")?;
-    Ok(mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .doing(|| "making mounts private")?)
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).doing(|| "making mounts private")
 }
 
 fn host() -> Host {
@@ -262,7 +261,7 @@ impl Bench<'_> {
         Ok(all)
     }
 
-    fn once(&self, workload: &Workload, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+    fn once(&self, workload: &Workload, case: &Case) -> Result<Named> {
         let stand = self.stand()?;
         if case.layers > stand.max_depth() {
             let why = format!("the driver has at most {} layers", stand.max_depth());

@@ -33,7 +33,7 @@ pub(super) struct Stand {
 
 enum Tree {
     Layered {
-        layers: Layers,
+        layers: Box<Layers>,
         image: Vec<LayerId>,
     },
     Plain,
@@ -78,7 +78,7 @@ impl Stand {
         let factory = registry::choose(root, Some(driver), &self.options)?;
         let opened = registry::open(&factory, root, &self.options)?;
         let layers = Layers::open(&registry::store_dir(root, driver), opened, &[])?;
-        self.tree = Tree::Layered { layers, image };
+        self.tree = Tree::Layered { layers: Box::new(layers), image };
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Writing into files of the image.
 
-use super::{BLOCK, Case, Run, SEED, Sizes, binary, block, fill, random};
+use super::{BLOCK, Case, Named, Run, SEED, Sizes, binary, block, fill, random};
 use crate::bench::results::Sample;
 use graphdriver_core::Result;
 use std::{
@@ -46,7 +46,7 @@ pub(super) fn sizes(sizes: &Sizes) -> Vec<Case> {
     all.into_iter().map(|size| Case::new(binary(size), size)).collect()
 }
 
-pub(super) fn first_write(run: &mut Run<'_>, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn first_write(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     with_file(run, case.x)?;
     Ok(vec![("first-write", one_write(run, case.x)?)])
 }
@@ -73,7 +73,7 @@ pub(super) fn shares(_: &Sizes) -> Vec<Case> {
 }
 
 /// Twice the same blocks.
-pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let size = run.sizes.medium();
     with_file(run, size)?;
     let used = run.containers(1)?;
@@ -106,7 +106,7 @@ pub(super) fn whole(sizes: &Sizes) -> Vec<Case> {
 }
 
 /// 1 MiB to the end of a file, a block at a time.
-pub(super) fn append(run: &mut Run<'_>, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn append(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     with_file(run, case.x)?;
     let used = run.containers(1)?;
     let data = block(&mut choices());
@@ -126,7 +126,7 @@ pub(super) fn depths(_: &Sizes) -> Vec<Case> {
 }
 
 /// The first write into a file of the lowest layer.
-pub(super) fn depth(run: &mut Run<'_>, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn depth(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let size = run.sizes.large.min(1 << 20);
     with_file(run, size)?;
     for n in 1..case.layers {
@@ -141,7 +141,7 @@ pub(super) fn numbers(_: &Sizes) -> Vec<Case> {
 }
 
 /// Containers of one image that write the same blocks, one after the other.
-pub(super) fn containers(run: &mut Run<'_>, case: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn containers(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let size = run.sizes.medium();
     with_file(run, size)?;
     let used = run.containers(case.x)?;

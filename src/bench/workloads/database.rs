@@ -1,7 +1,7 @@
 //! A database of the image that a container updates.
 
-use super::{Case, Run, SEED, Sizes};
-use crate::{bench::results::Sample, progress::Cancel};
+use super::{Case, Named, Run, SEED, Sizes};
+use crate::progress::Cancel;
 use graphdriver_core::{Context, Error, ErrorKind, Result};
 use rusqlite::{Connection, params};
 use std::{io, path::Path};
@@ -53,7 +53,7 @@ fn written() -> Result<u64> {
     })
 }
 
-pub(super) fn sqlite(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn sqlite(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let rows = rows(run.sizes);
     run.layer(|dir, cancel| make(dir, rows, cancel))?;
     let used = run.containers(1)?;

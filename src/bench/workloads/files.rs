@@ -1,6 +1,6 @@
 //! Many small files.
 
-use super::{BLOCK, Case, Run, Sizes, block, fill, random};
+use super::{BLOCK, Case, Named, Run, Sizes, block, fill, random};
 use crate::bench::results::Sample;
 use graphdriver_core::Result;
 use std::{
@@ -46,12 +46,12 @@ fn change_all(run: &mut Run<'_>, change: impl Fn(&Path) -> io::Result<()>) -> Re
     meter.sample()
 }
 
-pub(super) fn chmod(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn chmod(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let change = |path: &Path| fs::set_permissions(path, Permissions::from_mode(0o600));
     Ok(vec![("chmod", change_all(run, change)?)])
 }
 
-pub(super) fn chown(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn chown(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     Ok(vec![("chown", change_all(run, |path| change_owner(path, Some(1000), Some(1000)))?)])
 }
 
@@ -62,7 +62,7 @@ fn make(path: &Path, data: &[u8]) -> io::Result<()> {
 }
 
 /// The whole tree is removed and made again, as large as it was.
-pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let used = with_tree(run)?;
     let data = block(&mut random()).repeat((SIZE / BLOCK) as usize);
     let mut meter = run.meter(used)?;
@@ -80,7 +80,7 @@ pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'stat
 }
 
 /// New files of one block each, beside those of the image.
-pub(super) fn create(run: &mut Run<'_>, _: &Case) -> Result<Vec<(&'static str, Sample)>> {
+pub(super) fn create(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let used = with_tree(run)?;
     let data = block(&mut random());
     let mut meter = run.meter(used)?;

@@ -15,12 +15,16 @@ const BLOCK: u64 = 4 << 10;
 /// The seed of everything random.
 const SEED: u64 = 0x6772_6170_6864_7276;
 
+/// What came of one repetition, by the names under which it is told: some workloads tell more than their own.
+pub(super) type Named = Vec<(&'static str, Sample)>;
+
 /// A workload with its cases.
+#[derive(Debug)]
 pub(super) struct Workload {
     pub name: &'static str,
     pub cases: fn(&Sizes) -> Vec<Case>,
-    /// What came of one repetition, by the name under which it is told: some tell more than their own.
-    pub run: fn(&mut Run<'_>, &Case) -> Result<Vec<(&'static str, Sample)>>,
+    /// Runs one repetition.
+    pub run: fn(&mut Run<'_>, &Case) -> Result<Named>,
 }
 
 /// One case of a workload.
