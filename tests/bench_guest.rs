@@ -21,8 +21,9 @@ fn thin_devices_and_pools_are_measured_and_gone() {
     let results: Value = serde_json::from_str(&told).unwrap();
     // The larger files, and nothing else.
     assert_eq!(results["skipped"].as_array().unwrap().len(), 1, "{:#}", results["skipped"]);
-    for subject in ["devicemapper with xfs", "zfs on zfs", "plain directory on zfs"] {
-        let is = |one: &&Value| one["subject"] == subject && one["workload"] == "first-write" && one["case"] == "1 MiB";
+    for subject in ["devicemapper with ext4", "zfs on zfs", "plain directory on zfs"] {
+        let is =
+            |one: &&Value| one["subject"] == subject && one["workload"] == "first-write" && one["case"] == "64 KiB";
         let sample = &results["measurements"].as_array().unwrap().iter().find(is).unwrap()["samples"][0];
         let of = |field: &str| sample[field].as_u64().unwrap();
         assert!((4096..1 << 20).contains(&of("device_written")), "{subject}: {sample:#}");

@@ -75,6 +75,7 @@ pub(super) struct Medium {
     recipe: Option<Mount>,
     mounted: bool,
     pool: Option<String>,
+    size: u64,
     device: Device,
 }
 
@@ -84,7 +85,7 @@ impl Medium {
         let dir = dir.doing(|| format!("making a directory in {}", scratch.display()))?;
         let device = Device::new(scratch, size)?;
         // From here on a failure undoes what was done.
-        let mut medium = Medium { kind, dir, recipe: None, mounted: false, pool: None, device };
+        let mut medium = Medium { kind, dir, recipe: None, mounted: false, pool: None, size, device };
         medium.set_up().doing(|| format!("making {kind} to measure on"))?;
         Ok(medium)
     }
@@ -173,8 +174,9 @@ impl Medium {
         if self.kind == Kind::Whole {
             return self.device.allocated();
         }
+        // What is not free: a dataset of a pool does not count what others of it hold.
         let told = fstatvfs(File::open(self.root())?)?;
-        Ok((told.f_blocks - told.f_bfree) * told.f_frsize)
+        Ok(self.size.saturating_sub(told.f_bfree * told.f_frsize))
     }
 
     /// As the kernel shows them: of the mount and of its filesystem.

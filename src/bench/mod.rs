@@ -207,6 +207,8 @@ impl Bench<'_> {
         self.cancel.check()?;
         let mut stand = self.stand()?;
         stand.layer(|_| Ok(()))?;
+        stand.container()?;
+        // Mounts of layers are shown in no table; of those on thin devices it is told what they were asked for.
         let own = if plan.kind == Kind::Whole { stand.recipe_options()? } else { None };
         Ok(Subject {
             name: plan.name.clone(),

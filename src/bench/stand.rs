@@ -107,12 +107,13 @@ impl Stand {
         &self.medium
     }
 
-    /// What a container's filesystem was asked to be mounted with; None where it is the medium's.
+    /// What the first container is asked to be mounted with; None of a plain directory.
     pub fn recipe_options(&self) -> Result<Option<String>> {
-        let Tree::Layered { layers, image } = &self.tree else { return Ok(None) };
-        let Some(top) = image.last() else { return Ok(None) };
-        let recipe = layers.mount(*top, Access::ReadOnly)?;
-        Ok(recipe.first().map(|step| step.options.join(",")))
+        let layer = self.containers.first().and_then(|container| container.layer);
+        let (Tree::Layered { layers, .. }, Some(layer)) = (&self.tree, layer) else { return Ok(None) };
+        let recipe = layers.mount(layer, Access::ReadWrite)?;
+        let options = recipe.iter().flat_map(|step| &step.options).map(String::as_str);
+        Ok(Some(["rw"].into_iter().chain(options.filter(|option| *option != "rw")).collect::<Vec<_>>().join(",")))
     }
 
     /// Adds a layer to the image, on top of the others. A plain directory has all of them in one place.
