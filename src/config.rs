@@ -55,10 +55,15 @@ impl Settings {
         Ok(Settings {
             data_root: std::path::absolute(&data_root).doing(|| format!("resolving {}", data_root.display()))?,
             storage_driver: given.storage_driver.or(file.storage_driver),
-            storage_opts: distinct(opts.iter().map(|o| parse_option(o)).collect::<Result<_>>()?)?,
+            storage_opts: parse_options(&opts)?,
             debug: given.debug.unwrap_or(file.debug),
         })
     }
+}
+
+/// Splits several `NAME=VALUE`. The same name with two values is refused.
+pub fn parse_options(texts: &[String]) -> Result<Options> {
+    distinct(texts.iter().map(|text| parse_option(text)).collect::<Result<_>>()?)
 }
 
 fn distinct(options: Vec<(String, String)>) -> Result<Options> {

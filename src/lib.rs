@@ -10,5 +10,6 @@ mod engine;
 pub mod image;
 pub mod progress;
 pub mod registry;
+mod sys;
 
 pub use engine::*;

@@ -48,7 +48,8 @@ pub fn survey(root: &Path, options: &Options) -> Vec<DriverStatus> {
     ALL.iter().map(|name| status(name, root, options)).collect()
 }
 
-fn status(name: &str, root: &Path, options: &Options) -> DriverStatus {
+/// What the driver `name` says about it.
+pub fn status(name: &str, root: &Path, options: &Options) -> DriverStatus {
     let (summary, probed) = match factory(name) {
         Some(f) => (f.summary, (f.probe)(&data_dir(root, name), &known(&f, options))),
         None => ("", Err(not_built(name))),
@@ -161,6 +162,11 @@ pub fn check_known(options: &Options) -> Result<()> {
             Err(e.hint(format!("they know {}", all.join(", "))))
         }
     }
+}
+
+/// Those of the options that the driver `name` knows.
+pub fn known_by(name: &str, options: &Options) -> Options {
+    factory(name).map(|factory| known(&factory, options)).unwrap_or_default()
 }
 
 /// Those of the options that the driver knows.

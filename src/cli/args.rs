@@ -5,6 +5,7 @@ use clap::{
 };
 use clap_complete::Shell;
 use graphdriver::config::Given;
+use graphdriver_core::ByteSize;
 use std::path::PathBuf;
 
 /// The storage layer of a container engine: image layers, writable layers and mounts.
@@ -185,6 +186,11 @@ pub(crate) enum Command {
     /// Serve containerd as a proxy snapshotter
     #[cfg(feature = "containerd")]
     Snapshotter(SnapshotterArgs),
+    /// Measure storage drivers
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -202,6 +208,58 @@ pub(crate) enum Command {
 pub(crate) enum ImageCommand {
     /// Remove unnamed images that nothing uses
     Prune(PruneArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure what reaches the disk when containers change files of their image
+    ///
+    /// For every driver that works here, and for a plain directory beside it: bytes written to and read from the disk,
+    /// latencies, space, size of the diff, processor time. Each runs on a loop device of its own, which nothing else
+    /// writes to and of which nothing is left. Needs root. Times are those of the machine: what else runs spoils them. For
+    /// zfs the caches of the whole machine are dropped again and again.
+    WriteAmplification(WriteAmplificationArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WriteAmplificationArgs {
+    /// Which drivers, with commas between them [default: --storage-driver if that is given, else all that work here]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub drivers: Vec<String>,
+    /// Which filesystems, of ext4, xfs, btrfs and zfs [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub filesystems: Vec<String>,
+    /// Which workloads, of first-write, rewrite, append, chmod, chown, delete-recreate, sqlite, create, depth and containers
+    /// [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub workloads: Vec<String>,
+    /// Size of the large file in the image; cases with larger ones are left out
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub size: ByteSize,
+    /// How often each case runs, on a fresh filesystem each time
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repetitions: u32,
+    /// Write results.json, report.html and picture.svg into this directory, which is made if need be; earlier results in it
+    /// are replaced, and other files are not
+    #[arg(long, short = 'o', value_name = "DIR", default_value = "graphdriver-bench", value_hint = ValueHint::DirPath)]
+    pub output: PathBuf,
+    /// Show what changed since an earlier run, and fail if more reaches the disk than then
+    #[arg(long, value_name = "OLD.json", value_hint = ValueHint::FilePath)]
+    pub compare: Option<PathBuf>,
+    /// How much more is too much for --compare, beyond what repetitions differ by
+    #[arg(long, value_name = "PERCENT", default_value = "10%", requires = "compare", value_parser = percent)]
+    pub threshold: f64,
+    /// Where the loop devices' files lie: a directory with room for twice the large file and 1 GiB [default: TMPDIR, else
+    /// /var/tmp]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub scratch: Option<PathBuf>,
+}
+
+/// A share, from `20%` or `20`.
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).trim().parse::<f64>().ok();
+    let share = number.filter(|number| number.is_finite() && *number >= 0.0).map(|number| number / 100.0);
+    share.ok_or_else(|| format!("{text:?} is no percentage; write 20%"))
 }
 
 #[derive(Debug, Args)]

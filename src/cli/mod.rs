@@ -1,6 +1,7 @@
 //! One file per group of commands; this one has what they share.
 
 mod args;
+mod bench;
 mod containers;
 mod generate;
 mod images;
@@ -13,7 +14,7 @@ mod snapshotter;
 mod system;
 mod times;
 
-use args::{Cli, Command, ImageCommand};
+use args::{BenchCommand, Cli, Command, ImageCommand};
 use graphdriver::{Engine, config, progress::Cancel, registry};
 use graphdriver_core::{Error, ErrorKind, Result};
 use output::Output;
@@ -76,6 +77,9 @@ fn run(mut cli: Cli) -> Result<()> {
     }
     let cancel = Cancel::default();
     stop_on_signals(&cancel)?;
+    if let Command::Bench { command: BenchCommand::WriteAmplification(args) } = cli.command {
+        return bench::write_amplification(&out, args, &cli.global, &cancel);
+    }
     let mut engine = Engine::open(settings)?;
     engine.cancel_by(cancel);
     if let Some(bars) = progress::Bars::on_terminal() {
@@ -86,7 +90,9 @@ fn run(mut cli: Cli) -> Result<()> {
 
 fn dispatch(engine: &Engine, out: &Output, command: Command) -> Result<()> {
     match command {
-        Command::Drivers | Command::Completions { .. } | Command::Man { .. } => unreachable!("run() has done these"),
+        Command::Drivers | Command::Bench { .. } | Command::Completions { .. } | Command::Man { .. } => {
+            unreachable!("run() has done these")
+        }
         #[cfg(feature = "containerd")]
         Command::Snapshotter(_) => unreachable!("run() has done it"),
         Command::Info => system::info(engine, out),

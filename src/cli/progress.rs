@@ -7,17 +7,29 @@ use std::{collections::HashMap, io::IsTerminal, sync::Mutex, time::Duration};
 /// One bar for each item under way.
 pub(crate) struct Bars {
     all: MultiProgress,
+    counting: bool,
     bars: Mutex<HashMap<String, ProgressBar>>,
 }
 
 impl Bars {
     /// None if standard error is no terminal.
     pub fn on_terminal() -> Option<Bars> {
-        std::io::stderr().is_terminal().then(|| Bars { all: MultiProgress::new(), bars: Mutex::default() })
+        Self::new(false)
+    }
+
+    /// The same for what is counted in pieces instead of bytes.
+    pub fn counting_on_terminal() -> Option<Bars> {
+        Self::new(true)
+    }
+
+    fn new(counting: bool) -> Option<Bars> {
+        let terminal = std::io::stderr().is_terminal();
+        terminal.then(|| Bars { all: MultiProgress::new(), counting, bars: Mutex::default() })
     }
 
     fn bar(&self, total: Option<u64>) -> ProgressBar {
         let (bar, template) = match total {
+            Some(total) if self.counting => (ProgressBar::new(total), "{msg:26} [{bar:30}] {pos}/{len} {elapsed}"),
             Some(total) => (ProgressBar::new(total), "{msg:14} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"),
             None => (ProgressBar::new_spinner(), "{msg:14} {spinner} {bytes} {bytes_per_sec}"),
         };

@@ -42,10 +42,10 @@ const QUESTIONS: [Question; 13] = [
     device("append", "appending to a file"),
     device("chmod", "chmod of files of the image"),
     device("chown", "chown of files of the image"),
-    timed("replace", view::wall, "deleting a tree and making it again", "in all"),
+    timed("delete-recreate", view::wall, "deleting a tree and making it again", "in all"),
     device("sqlite", "updating an SQLite database"),
     timed("create", view::wall, "creating small files", "in all"),
-    timed("layers", view::first_median, "the first write on many layers", "for the write"),
+    timed("depth", view::first_median, "the first write on many layers", "for the write"),
     Question {
         beside_plain: false,
         unit: "in the layers",
@@ -148,7 +148,7 @@ fn rewriting(view: View, subject: &Subject) -> Option<String> {
 }
 
 fn depth(view: View, subject: &Subject) -> Option<String> {
-    let (few, many) = ends(view, subject, "layers", view::first_median)?;
+    let (few, many) = ends(view, subject, "depth", view::first_median)?;
     let (few, many) = ((escape(few.0.name), time(few.1)), (escape(many.0.name), time(many.1)));
     Some(format!("The first write took {} under {}, and {} under {}.", few.1, few.0, many.1, many.0))
 }

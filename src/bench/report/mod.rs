@@ -49,7 +49,7 @@ const TELLING: [(&str, Option<u64>, &str); 9] = [
     ("append", None, "appending"),
     ("sqlite", None, "updating an SQLite database"),
     ("create", None, "creating small files"),
-    ("replace", None, "replacing a tree"),
+    ("delete-recreate", None, "replacing a tree"),
     ("containers", None, "{} of one image"),
 ];
 
@@ -189,7 +189,7 @@ fn others(view: View) -> Result<String> {
          metadata on the way.",
     )?;
     let deep = "<b>The first write under a stack of layers.</b> A flat line: depth costs nothing.";
-    Ok(read + &lines(view, "layers", WAITED, "layers of the image", deep)?)
+    Ok(read + &lines(view, "depth", WAITED, "layers of the image", deep)?)
 }
 
 fn explanation(view: View) -> String {

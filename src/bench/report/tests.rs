@@ -109,11 +109,11 @@ fn workloads(subject: &Subject) -> Vec<Measurement> {
     add("append", "4 KiB", 4 * KIB, 4 * KIB, moved(subject, 64 << 20));
     add("chmod", "1000 files", 1000, 0, moved(subject, 64 << 20) / 20);
     add("chown", "1000 files", 1000, 0, moved(subject, 64 << 20) / 20);
-    add("replace", "1000 files", 1000, 8 << 20, 9 << 20);
+    add("delete-recreate", "1000 files", 1000, 8 << 20, 9 << 20);
     add("sqlite", "1000 updates", 1000, 4 << 20, (12 << 20) + moved(subject, 64 << 20));
     add("create", "1000 files", 1000, 4 << 20, 6 << 20);
     for layers in [1, 10, 100] {
-        add("layers", &format!("{layers} layers"), layers, 4 * KIB, moved(subject, KIB * KIB) + layers * KIB);
+        add("depth", &format!("{layers} layers"), layers, 4 * KIB, moved(subject, KIB * KIB) + layers * KIB);
     }
     for number in [1, 2, 5, 10] {
         let device = number * (moved(subject, 64 << 20) + (1 << 20));

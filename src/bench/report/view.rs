@@ -14,10 +14,10 @@ const WORKLOADS: [(&str, &str); 11] = [
     ("append", "Appending to a file of the image"),
     ("chmod", "chmod of many files of the image"),
     ("chown", "chown of many files of the image"),
-    ("replace", "Deleting a tree of the image and making it again"),
+    ("delete-recreate", "Deleting a tree of the image and making it again"),
     ("sqlite", "Updating an SQLite database of the image"),
     ("create", "Creating many small files"),
-    ("layers", "Writing on top of images of many layers"),
+    ("depth", "Writing on top of images of many layers"),
     ("containers", "Containers of one image that write the same blocks"),
 ];
 

@@ -1,0 +1,152 @@
+//! Writing into files of the image.
+
+use super::{BLOCK, Case, Named, Run, SEED, Sizes, binary, block, fill, random};
+use crate::bench::results::Sample;
+use graphdriver_core::Result;
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+/// The file that is written to.
+const FILE: &str = "data";
+
+/// How many writes follow the first one, for their latency alone.
+const LATER: usize = 100;
+
+/// How much is written into each of several containers.
+const EACH: usize = 256;
+
+fn open(root: &Path) -> io::Result<File> {
+    File::options().write(true).open(root.join(FILE))
+}
+
+/// All blocks of a file of `size` bytes, in random order.
+fn blocks(size: u64, random: &mut fastrand::Rng) -> Vec<u64> {
+    let mut all: Vec<u64> = (0..size / BLOCK).collect();
+    random.shuffle(&mut all);
+    all
+}
+
+/// What is written is not what is there.
+fn choices() -> fastrand::Rng {
+    fastrand::Rng::with_seed(SEED + 1)
+}
+
+fn with_file(run: &mut Run<'_>, size: u64) -> Result<()> {
+    run.layer(|dir, cancel| fill(&dir.join(FILE), size, &mut random(), cancel))
+}
+
+pub(super) fn sizes(sizes: &Sizes) -> Vec<Case> {
+    let usual = [64 << 10, 1 << 20, 64 << 20, 1 << 30];
+    let mut all: Vec<u64> = usual.into_iter().filter(|size| *size < sizes.large).collect();
+    all.push(sizes.large);
+    all.into_iter().map(|size| Case::new(binary(size), size)).collect()
+}
+
+pub(super) fn first_write(run: &mut Run<'_>, case: &Case) -> Result<Named> {
+    with_file(run, case.x)?;
+    Ok(vec![("first-write", one_write(run, case.x)?)])
+}
+
+/// One block into the file of `size` bytes; more of them only for their latency.
+fn one_write(run: &mut Run<'_>, size: u64) -> Result<Sample> {
+    let used = run.containers(1)?;
+    let mut random = choices();
+    let blocks = blocks(size, &mut random);
+    let data = block(&mut random);
+    let mut meter = run.meter(used)?;
+    let write = || open(run.root()).and_then(|file| file.write_all_at(&data, blocks[0] * BLOCK).map(|()| file));
+    let file = meter.first(write)?;
+    meter.written = BLOCK;
+    meter.stop()?;
+    for at in blocks.iter().skip(1).take(LATER) {
+        meter.later(|| file.write_all_at(&data, at * BLOCK))?;
+    }
+    meter.sample()
+}
+
+pub(super) fn shares(_: &Sizes) -> Vec<Case> {
+    [1, 10, 50, 100].map(|percent| Case::new(format!("{percent}%"), percent)).into()
+}
+
+/// Twice the same blocks.
+pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Named> {
+    let size = run.sizes.medium();
+    with_file(run, size)?;
+    let used = run.containers(1)?;
+    let mut random = choices();
+    let mut blocks = blocks(size, &mut random);
+    blocks.truncate((blocks.len() * case.x as usize / 100).max(1));
+    let first = write_blocks(run, used, &blocks, &mut random)?;
+    run.forget()?;
+    let again = write_blocks(run, used, &blocks, &mut random)?;
+    Ok(vec![("rewrite", first), ("rewrite-again", again)])
+}
+
+/// These blocks of the file of every container, the same data in each.
+fn write_blocks(run: &Run<'_>, used: u64, blocks: &[u64], random: &mut fastrand::Rng) -> Result<Sample> {
+    let data: Vec<_> = (0..16).map(|_| block(random)).collect();
+    let mut meter = run.meter(used)?;
+    for container in run.stand.containers() {
+        let write = |file: &File, n: usize| file.write_all_at(&data[n % data.len()], blocks[n] * BLOCK);
+        let file = meter.first(|| open(container.path()).and_then(|file| write(&file, 0).map(|()| file)))?;
+        for n in 1..blocks.len() {
+            meter.later(|| write(&file, n))?;
+        }
+        meter.written += blocks.len() as u64 * BLOCK;
+    }
+    meter.sample()
+}
+
+pub(super) fn whole(sizes: &Sizes) -> Vec<Case> {
+    vec![Case::new(binary(sizes.medium()), sizes.medium())]
+}
+
+/// 1 MiB to the end of a file, a block at a time.
+pub(super) fn append(run: &mut Run<'_>, case: &Case) -> Result<Named> {
+    with_file(run, case.x)?;
+    let used = run.containers(1)?;
+    let data = block(&mut choices());
+    let mut meter = run.meter(used)?;
+    let open = || File::options().append(true).open(run.root().join(FILE));
+    let mut file = meter.first(|| open().and_then(|mut file| file.write_all(&data).map(|()| file)))?;
+    for _ in 1..EACH {
+        meter.later(|| file.write_all(&data))?;
+    }
+    meter.written = EACH as u64 * BLOCK;
+    Ok(vec![("append", meter.sample()?)])
+}
+
+pub(super) fn depths(_: &Sizes) -> Vec<Case> {
+    let label = |layers| if layers == 1 { "1 layer".into() } else { format!("{layers} layers") };
+    [1, 10, 100].map(|layers| Case { layers, ..Case::new(label(layers), layers as u64) }).into()
+}
+
+/// The first write into a file of the lowest layer.
+pub(super) fn depth(run: &mut Run<'_>, case: &Case) -> Result<Named> {
+    let size = run.sizes.large.min(1 << 20);
+    with_file(run, size)?;
+    for n in 1..case.layers {
+        run.layer(|dir, _| Ok(std::fs::write(dir.join(format!("layer{n}")), [n as u8; 100])?))?;
+    }
+    Ok(vec![("depth", one_write(run, size)?)])
+}
+
+pub(super) fn numbers(_: &Sizes) -> Vec<Case> {
+    let label = |number| if number == 1 { "1 container".into() } else { format!("{number} containers") };
+    [1, 2, 5, 10].map(|number| Case::new(label(number), number)).into()
+}
+
+/// Containers of one image that write the same blocks, one after the other.
+pub(super) fn containers(run: &mut Run<'_>, case: &Case) -> Result<Named> {
+    let size = run.sizes.medium();
+    with_file(run, size)?;
+    let used = run.containers(case.x)?;
+    let mut random = choices();
+    let mut blocks = blocks(size, &mut random);
+    blocks.truncate(EACH);
+    Ok(vec![("containers", write_blocks(run, used, &blocks, &mut random)?)])
+}

@@ -1,0 +1,303 @@
+//! `bench write-amplification`: what it counts is true, and nothing of it is left.
+
+mod common;
+
+use common::{GRAPHDRIVER, Home, no_program, no_root, skipped};
+use graphdriver::bench::device::Device;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use std::{
+    fs::File,
+    io::Read,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+macro_rules! needs {
+    ($test:literal, $($program:literal),*) => {
+        if skipped($test, no_root().or_else(|| no_program(&[$($program),*])).or_else(no_loop_devices)) {
+            return;
+        }
+    };
+}
+
+fn no_loop_devices() -> Option<String> {
+    (!Path::new("/dev/loop-control").exists()).then(|| "the kernel has no loop devices".into())
+}
+
+fn bench(home: &Home, arguments: &str) -> String {
+    home.ok(&format!("graphdriver --format json bench write-amplification --scratch . {arguments}"))
+}
+
+fn results(home: &Home, arguments: &str) -> Value {
+    serde_json::from_str(&bench(home, arguments)).unwrap()
+}
+
+/// The only sample of a case.
+#[track_caller]
+fn sample<'a>(results: &'a Value, subject: &str, workload: &str, case: &str) -> &'a Value {
+    let is = |one: &&Value| one["subject"] == subject && one["workload"] == workload && one["case"] == case;
+    let found = results["measurements"].as_array().unwrap().iter().find(is);
+    &found.unwrap_or_else(|| panic!("{subject}, {workload}, {case}: {results:#}"))["samples"][0]
+}
+
+fn number(sample: &Value, field: &str) -> f64 {
+    sample[field].as_f64().unwrap_or_else(|| panic!("{field}: {sample}"))
+}
+
+/// What is left in the scratch directory, and of loop devices whose files were there.
+fn left(home: &Home) -> Vec<String> {
+    let ours = |path: &str| path.contains(home.path().to_str().unwrap());
+    let name = |entry: std::fs::DirEntry| entry.file_name().into_string().unwrap();
+    let files = std::fs::read_dir(home.path()).unwrap().map(|entry| name(entry.unwrap()));
+    let mut left: Vec<String> =
+        files.filter(|name| name.starts_with("graphdriver-bench-") || name.starts_with('.')).collect();
+    for device in std::fs::read_dir("/sys/block").unwrap().flatten() {
+        let file = std::fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        left.extend(ours(&file).then_some(file));
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    left.extend(mounts.lines().filter(|line| ours(line)).map(str::to_owned));
+    left
+}
+
+/// The kernel takes a device down a moment after its last user has gone.
+#[track_caller]
+fn assert_nothing_is_left(home: &Home) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !left(home).is_empty() {
+        assert!(Instant::now() < deadline, "left: {:?}", left(home));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[track_caller]
+fn assert_within(share: f64, counted: u64, known: u64) {
+    let off = (counted as f64 / known as f64 - 1.0).abs();
+    assert!(off <= share, "counted {counted}, and {known} are known: {:.1}% off", off * 100.0);
+}
+
+#[test]
+fn the_counters_agree_with_traffic_that_is_known() {
+    needs!("the_counters_agree_with_traffic_that_is_known", "losetup");
+    const SIZE: u64 = 32 << 20;
+    let home = Home::new();
+    let device = Device::new(home.path(), SIZE).unwrap();
+    let open = |direct: bool| {
+        let flags = if direct { libc_o_direct() } else { 0 };
+        File::options().read(true).write(true).custom_flags(flags).open(device.path()).unwrap()
+    };
+    let before = device.traffic().unwrap();
+    let cached = open(false);
+    let block = vec![7; 1 << 20];
+    (0..24).for_each(|n| cached.write_all_at(&block, n << 20).unwrap());
+    cached.sync_all().unwrap();
+    let written = device.traffic().unwrap().since(before);
+    assert_within(0.02, written.written, 24 << 20);
+    assert_eq!(written.read, 0);
+
+    // Past the cache, in pieces of 4 KiB at addresses that the kernel's blocks are aligned to.
+    let (direct, before) = (open(true), device.traffic().unwrap());
+    let buffer = vec![0; 8192];
+    let start = buffer.as_ptr().align_offset(4096);
+    let mut buffer = buffer;
+    (0..2000).for_each(|n| direct.read_exact_at(&mut buffer[start..start + 4096], n * 4096).unwrap());
+    let read = device.traffic().unwrap().since(before);
+    assert_within(0.02, read.read, 2000 * 4096);
+    assert_eq!(read.written, 0);
+    assert!(device.allocated().unwrap() >= 24 << 20);
+    drop((cached, direct, device));
+    assert_nothing_is_left(&home);
+}
+
+fn libc_o_direct() -> i32 {
+    rustix::fs::OFlags::DIRECT.bits() as i32
+}
+
+#[test]
+fn large_writes_into_a_plain_directory_reach_the_disk_about_once() {
+    needs!("large_writes_into_a_plain_directory_reach_the_disk_about_once", "mkfs.ext4");
+    let home = Home::new();
+    let results =
+        results(&home, "--drivers overlay2 --filesystems ext4 --workloads rewrite --size 64M --repetitions 1");
+    let plain = |workload: &str| {
+        let sample = sample(&results, "plain directory on ext4", workload, "100%");
+        assert_eq!(number(sample, "written"), f64::from(64 << 20));
+        number(sample, "device_written") / number(sample, "written")
+    };
+    for amplification in [plain("rewrite"), plain("rewrite-again")] {
+        assert!((1.0..1.05).contains(&amplification), "{amplification}");
+    }
+    // The whole file is copied first, read and written, and only once.
+    let of = |workload: &str, field: &str| number(sample(&results, "overlay2 on ext4", workload, "1%"), field);
+    assert!(of("rewrite", "device_written") >= f64::from(64 << 20));
+    assert!(of("rewrite", "device_read") >= f64::from(64 << 20));
+    assert!(of("rewrite-again", "device_written") < f64::from(4 << 20));
+    assert_nothing_is_left(&home);
+}
+
+/// Copy-on-write beside redirect-on-write, as the project's own proof.
+#[test]
+fn the_first_write_into_a_gigabyte_costs_a_gigabyte_where_files_are_copied_and_little_where_they_are_not() {
+    needs!(
+        "the_first_write_into_a_gigabyte_costs_a_gigabyte_where_files_are_copied_and_little_where_they_are_not",
+        "mkfs.ext4",
+        "mkfs.xfs"
+    );
+    let home = Home::new();
+    let drivers = if vfs_fuse() { "overlay2,vfs-fuse" } else { "overlay2" };
+    let measured = |arguments: &str| {
+        results(&home, &format!("--drivers {drivers} --workloads first-write --repetitions 1 {arguments}"))
+    };
+    let of = |results: &Value, subject: &str, case: &str, field: &str| {
+        number(sample(results, subject, "first-write", case), field)
+    };
+    let extents = if vfs_fuse() { "--storage-opt vfs-fuse.copy_up=extent" } else { "" };
+    let ext4 = measured(&format!("--filesystems ext4 --size 1G {extents}"));
+    let gigabyte = f64::from(1 << 30);
+    assert!(of(&ext4, "overlay2 on ext4", "1 GiB", "device_written") >= gigabyte, "{ext4:#}");
+    assert!(of(&ext4, "overlay2 on ext4", "1 GiB", "space") >= gigabyte);
+    // Sharing data costs the same whatever the size.
+    let xfs = measured("--filesystems xfs --size 128M");
+    let sharing: &[_] = match vfs_fuse() {
+        true => &[
+            (&ext4, "vfs-fuse on ext4", "1 GiB"),
+            (&xfs, "overlay2 on xfs", "128 MiB"),
+            (&xfs, "vfs-fuse on xfs", "128 MiB"),
+        ],
+        false => &[(&xfs, "overlay2 on xfs", "128 MiB")],
+    };
+    for (results, subject, case) in sharing {
+        let written = of(results, subject, case, "device_written");
+        assert!(written < f64::from(4 << 20), "{subject}: {written}");
+        assert!(of(results, subject, case, "space_on_device") < f64::from(16 << 20), "{subject}");
+    }
+    assert_nothing_is_left(&home);
+}
+
+/// Whether its program is beside the one under test.
+fn vfs_fuse() -> bool {
+    Path::new(GRAPHDRIVER).with_file_name("vfs-fuse").exists() && Path::new("/dev/fuse").exists()
+}
+
+#[test]
+fn a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one() {
+    needs!("a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one", "mkfs.ext4");
+    let home = Home::new();
+    // In memory, where flushing costs nothing; gone with the script.
+    let tiny = "--scratch memory --drivers overlay2 --filesystems ext4 --size 256k --repetitions 1";
+    let bench = "mkdir -p memory; mount -t tmpfs -o size=4g none memory; graphdriver --format $format bench write-amplification";
+    let table = home.ok(&format!("format=table; {bench} {tiny} -o out"));
+    let workloads =
+        "first-write rewrite rewrite-again append chmod chown delete-recreate sqlite create depth containers";
+    for workload in workloads.split(' ') {
+        for subject in ["overlay2 on ext4", "plain directory on ext4"] {
+            let told = |line: &str| line.starts_with(&format!("{workload} ")) && line.contains(subject);
+            assert!(table.lines().any(told), "{workload}, {subject}: {table}");
+        }
+    }
+    for part in ["AMPLIFICATION", "copy-up (whole file)", "larger than 256 KiB", "out/results.json", "out/report.html"]
+    {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    let report = std::fs::read_to_string(home.path().join("out/report.html")).unwrap();
+    for part in ["<svg", "overlay2 on ext4", "plain directory on ext4", "delete-recreate", "depth"] {
+        assert!(report.contains(part), "{part} is missing in the report");
+    }
+    home.ok("grep -q '<svg' out/picture.svg");
+    let path = home.path().join("out/results.json");
+    let mut old: Value = serde_json::from_reader(File::open(&path).unwrap()).unwrap();
+    let with = |measurement: &Value, field: &str| number(&measurement["samples"][0], field) > 0.0;
+    for measurement in old["measurements"].as_array().unwrap() {
+        assert!(with(measurement, "device_written") && with(measurement, "wall_us"), "{measurement:#}");
+        let changes_data = !["chmod", "chown"].contains(&measurement["workload"].as_str().unwrap());
+        assert_eq!(with(measurement, "written"), changes_data, "{measurement:#}");
+        assert_eq!(measurement["samples"][0]["diff"].is_null(), measurement["subject"] == "plain directory on ext4");
+    }
+
+    // The same again is no worse; against a past in which less was written it is.
+    let again = format!("{bench} {tiny} --workloads append -o out --compare");
+    let told = home.ok(&format!("format=table; cp out/results.json old.json; {again} old.json --threshold 100%"));
+    assert!(told.contains("Since ") && !told.contains("WORSE"), "{told}");
+    for measurement in old["measurements"].as_array_mut().unwrap() {
+        measurement["samples"][0]["device_written"] = 4096.into();
+    }
+    std::fs::write(home.path().join("doctored.json"), old.to_string()).unwrap();
+    let told =
+        home.fails(1, &format!("format=table; {again} doctored.json"), &["10%", "overlay2 on ext4 append 256 KiB"]);
+    assert!(told.contains("WORSE"), "{told}");
+    let told: Value =
+        serde_json::from_str(&home.fails(1, &format!("format=json; {again} doctored.json"), &["append"])).unwrap();
+    assert_eq!(told["comparison"][0]["worse"], true, "{told:#}");
+    assert_eq!(told["format"], 1);
+    assert_nothing_is_left(&home);
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_before_anything_is_measured() {
+    needs!("what_cannot_be_done_is_refused_before_anything_is_measured", "mkfs.ext4");
+    let home = Home::new();
+    std::fs::write(home.path().join("results.json"), "{\"my\": \"own\"}").unwrap();
+    let fails = |code, arguments: &str, says: &[&str]| {
+        home.fails(code, &format!("graphdriver bench write-amplification --scratch . {arguments}"), says);
+    };
+    fails(2, "--drivers aufs", &["\"aufs\"", "known are overlay2, btrfs, zfs, devicemapper, vfs-fuse"]);
+    fails(2, "--workloads fsck", &["\"fsck\"", "known are first-write, rewrite, append"]);
+    fails(2, "--filesystems ntfs", &["\"ntfs\"", "known are ext4, xfs, btrfs, zfs"]);
+    fails(2, "--drivers zfs --filesystems ext4", &["zfs", "with themselves"]);
+    fails(2, "--size 1k", &["64K"]);
+    fails(2, "--size much", &["much"]);
+    fails(2, "--repetitions 0", &["0 repetitions"]);
+    fails(2, "--threshold 20%", &["--compare"]);
+    fails(2, "--storage-opt dm.thinpooldev=tank", &["dm.thinpooldev", "of its own"]);
+    fails(2, "--storage-opt overlay2.colour=red", &["overlay2.colour"]);
+    fails(2, "--compare demo.tar", &["demo.tar", "no results of graphdriver bench"]);
+    fails(3, "--compare nowhere.json", &["nowhere.json"]);
+    fails(4, "-o .", &["results.json is there already", "-o"]);
+    fails(8, "--size 900T", &["has", "free", "--scratch"]);
+    // A user who may enter the home, which is root's alone.
+    let script = "chmod 711 .; cp \"$(command -v graphdriver)\" .; cd /
+        setpriv --reuid 1234 --clear-groups \"$OLDPWD/graphdriver\" bench write-amplification -o /tmp/nowhere";
+    let out = home.run(script);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(said.contains("needs root") && said.contains("sudo"), "{said}");
+    assert_eq!(out.status.code(), Some(7));
+    assert_nothing_is_left(&home);
+}
+
+#[test]
+fn interrupted_or_killed_it_leaves_nothing() {
+    needs!("interrupted_or_killed_it_leaves_nothing", "mkfs.ext4");
+    let home = Home::new();
+    let drivers = if vfs_fuse() { "vfs-fuse" } else { "overlay2" };
+    for (wait, signal) in [(700, Signal::SIGINT), (1900, Signal::SIGTERM), (1300, Signal::SIGKILL)] {
+        let mut bench = Command::new(GRAPHDRIVER)
+            .args(["bench", "write-amplification", "--filesystems", "ext4", "--size", "64M", "--drivers", drivers])
+            .args(["--scratch", "."])
+            .current_dir(home.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        kill(Pid::from_raw(bench.id() as i32), signal).unwrap();
+        let status = bench.wait().unwrap();
+        let mut said = String::new();
+        bench.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        if signal == Signal::SIGKILL {
+            // The kernel frees devices and mounts; of the place where they were mounted an empty directory stays.
+            let empty = std::fs::read_dir(home.path()).unwrap().flatten().map(|entry| entry.path());
+            empty.filter(|path| path.is_dir()).for_each(|path| std::fs::remove_dir(path).unwrap());
+        } else {
+            assert_eq!(status.code(), Some(130), "{said}");
+            assert!(said.contains("interrupted"), "{said}");
+        }
+        assert_nothing_is_left(&home);
+    }
+    assert!(!home.path().join("graphdriver-bench").exists(), "nothing is told of half a run");
+}
