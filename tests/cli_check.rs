@@ -224,6 +224,18 @@ fn looking_changes_nothing() {
 }
 
 #[test]
+fn what_others_are_just_doing_is_not_found() {
+    let Some(rig) = overlay2("what_others_are_just_doing_is_not_found") else { return };
+    let said = rig.ok("graphdriver rm c > /dev/null; graphdriver rmi new:1 > /dev/null
+         { for i in 1 2 3 4 5 6; do
+               graphdriver create --name box demo; graphdriver rm box; graphdriver rmi -f demo:1 demo:latest
+               graphdriver load -qi demo.tar
+           done > /dev/null; touch done; } &
+         while [[ ! -e done ]]; do graphdriver check --digests > found || cat found; done; wait $!");
+    assert_eq!(said, "");
+}
+
+#[test]
 fn records_mounts_and_added_files_are_looked_at() {
     let Some(rig) = overlay2("records_mounts_and_added_files_are_looked_at") else { return };
     rig.ok("mkdir -p $store/records/88");

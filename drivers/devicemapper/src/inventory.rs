@@ -5,7 +5,7 @@ use crate::{
     metadata::Metadata,
     state::{Layer, Phase, State},
 };
-use graphdriver_core::{Context, LayerId, Result, Stored, StoredAs};
+use graphdriver_core::{Context, LayerId, Result, Stored, StoredAs, mount::MountInfo};
 use std::collections::BTreeSet;
 
 /// What is in the data directory: see the crate's documentation.
@@ -30,9 +30,11 @@ impl Layers {
         Ok(found)
     }
 
-    /// The layer of this pool whose device this is.
-    pub(crate) fn shown_by(&self, device: &str) -> Option<LayerId> {
-        let name = device.strip_prefix("/dev/mapper/").filter(|name| name.starts_with("graphdriver-"))?;
+    /// The layer of this pool whose device is mounted there, by whatever name of the device.
+    pub(crate) fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
+        let (major, minor) = mount.dev;
+        let name = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/dm/name")).ok()?;
+        let name = Some(name.trim_end()).filter(|name| name.starts_with("graphdriver-"))?;
         name.strip_prefix(&self.pool.look().ok()?.prefix())?.parse().ok()
     }
 }

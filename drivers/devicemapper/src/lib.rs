@@ -127,7 +127,7 @@ impl GraphDriver for DeviceMapper {
     }
 
     fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
-        self.layers.shown_by(mount.source.to_str()?)
+        self.layers.shown_by(mount)
     }
 
     fn inventory(&self) -> Result<Vec<Stored>> {
