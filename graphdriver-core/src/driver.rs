@@ -137,8 +137,8 @@ pub trait GraphDriver: Send + Sync {
     /// call is repeated at every opening of the store until there is none.
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed>;
 
-    /// All that is in this driver's storage, whoever knows it: layers, what [`reclaim`](Self::reclaim) would free, and what
-    /// somebody else put there. Changes nothing. Others may change what it tells of meanwhile.
+    /// All that is in this driver's storage, whoever knows it: layers, what [`reclaim`](Self::reclaim) would free, and
+    /// what somebody else put there. Changes nothing. Others may change what it tells of meanwhile.
     fn inventory(&self) -> Result<Vec<Stored>>;
 
     /// Which layer this entry in a table of mounts shows, if it can be told from a device, dataset or subvolume in it.

@@ -9,8 +9,8 @@ impl Engine {
     /// Reads each layer whose digest is known, as `save` would, but for those that `known` are damaged. How many were
     /// read, and what was found.
     ///
-    /// The digest covers the content of files; what is not read from files, names and attributes, is in the layer's record.
-    /// So the number of files is compared too, with the one when the layer was committed.
+    /// The digest covers the content of files; what is not read from files, names and attributes, is in the layer's
+    /// record. So the number of files is compared too, with the one when the layer was committed.
     pub(super) fn compare_digests(&self, known: &HashSet<LayerId>) -> Result<(usize, Vec<Finding>)> {
         let (mut read, mut found) = (0, Vec::new());
         for layer in self.layers.list()? {

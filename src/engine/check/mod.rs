@@ -92,8 +92,9 @@ const NEXT_RECOVERY: &str = "nothing: it is freed after the next boot or crash, 
                              beside store.db and running graphdriver info";
 
 impl Engine {
-    /// Looks at everything: the database, that each layer has its storage and the storage has nothing else, what `save` needs,
-    /// and that recorded mounts are there. With `digests`, every layer whose digest is known is also read and compared with it.
+    /// Looks at everything: the database, that each layer has its storage and the storage has nothing else, what `save`
+    /// needs, and that recorded mounts are there. With `digests`, every layer whose digest is known is also read and
+    /// compared with it.
     ///
     /// Changes nothing. Other commands may go on meanwhile: what they are doing is not found.
     pub fn check(&self, digests: bool) -> Result<Checked> {

@@ -42,8 +42,8 @@ pub(in crate::engine) struct Shown {
     pub foreign: bool,
 }
 
-/// All mounts that show layers, in every mount namespace that can be seen, by their layers: those that carry the mark, and
-/// those whose device, dataset or subvolume the driver knows.
+/// All mounts that show layers, in every mount namespace that can be seen, by their layers: those that carry the mark,
+/// and those whose device, dataset or subvolume the driver knows.
 pub(in crate::engine) fn shown(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
     let (mark, driver) = (Mark::of(engine), engine.layers.driver());
     let mut found: HashMap<LayerId, Vec<Shown>> = HashMap::new();

@@ -71,8 +71,8 @@ impl Engine {
         all.into_iter().map(space).collect()
     }
 
-    /// The mounts of snapshots that are seen. Where a view is its parent's subvolume, device or dataset, what is mounted of
-    /// it counts for the parent.
+    /// The mounts of snapshots that are seen. Where a view is its parent's subvolume, device or dataset, what is mounted
+    /// of it counts for the parent.
     pub(in crate::engine) fn snapshot_mounts(&self) -> Result<Vec<MountSummary>> {
         let all = self.layers.store().read(row::all)?;
         if all.is_empty() {
