@@ -132,3 +132,32 @@ fn an_image_that_the_pool_has_no_room_for_is_not_loaded() {
     assert_eq!(rig.gd("graphdriver images -q"), "", "nothing of it is there");
     rig.gd("head -c 8000000 big.tar > part; tar cf part.tar part; graphdriver import part.tar part:1; graphdriver rmi part:1");
 }
+
+#[test]
+fn what_is_done_to_the_pool_behind_the_drivers_back_is_named() {
+    if skipped_outside_guest("what_is_done_to_the_pool_behind_the_drivers_back_is_named", no_devicemapper()) {
+        return;
+    }
+    let rig = Rig::new();
+    let told = rig.gd("graphdriver load -qi demo.tar >/dev/null; graphdriver create --name c demo >/dev/null
+        graphdriver check --digests
+        state=root/devicemapper/data/pool.json; touch root/devicemapper/data/mine
+        pool=graphdriver-$(jq -r .id $state)-pool
+        dmsetup message $pool 0 'create_thin 4000'
+        dmsetup message $pool 0 \"delete $(jq '.layers[\"3\"].thin' $state)\"
+        graphdriver check || echo code $?
+        dmsetup message $pool 0 'delete 4000'; rm root/devicemapper/data/mine");
+    let (clean, told) = told.split_once('\n').unwrap();
+    assert_eq!(
+        clean,
+        "looked at: layers 3, images 1, containers 1, snapshots 0, mounts 0; layers read and compared with their digests: 2"
+    );
+    for part in ["damage: the storage of layer 3 is not in the pool", "    needed by: container c\n", "code 9"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    for stranger in ["thin device 4000 in pool", "/mine is nothing of graphdriver's"] {
+        let line = told.lines().find(|line| line.contains(stranger));
+        assert!(line.is_some_and(|line| line.starts_with("stranger: ")), "{stranger}: {told}");
+    }
+    assert_eq!(told.lines().filter(|line| line.starts_with("    do: ")).count(), 3, "{told}");
+}

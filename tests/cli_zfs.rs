@@ -150,3 +150,35 @@ fn a_volume_is_no_place_for_layers() {
     let script = format!("graphdriver -s zfs --storage-opt zfs.fsname={vol} info");
     rig.home.fails(2, &script, &[&format!("zfs.fsname: {vol} is a volume; name a filesystem")]);
 }
+
+#[test]
+fn what_is_done_to_datasets_behind_the_stores_back_is_named() {
+    if common::skipped_outside_guest("what_is_done_to_datasets_behind_the_stores_back_is_named", missing()) {
+        return;
+    }
+    let rig = Rig::new("200M");
+    let script = format!(
+        "G=$(zfs list -H -d 1 -o name {0}/layers | grep graphdriver-)
+        zfs destroy $G/3; zfs create $G/77; zfs create $G/mine; zfs snapshot $G/1@mine
+        gd check 2>/dev/null || echo code $?",
+        rig.pool
+    );
+    let told = rig.gd(&format!(
+        "gd load -qi demo.tar >/dev/null; gd create --name c demo >/dev/null; gd check --digests\n{script}"
+    ));
+    let (clean, told) = told.split_once('\n').unwrap();
+    assert_eq!(
+        clean,
+        "looked at: layers 3, images 1, containers 1, snapshots 0, mounts 0; layers read and compared with their digests: 2"
+    );
+    for part in
+        ["damage: layer 3 has no storage", "    needed by: container c\n", "/77: there is no layer 77", "code 9"]
+    {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    for stranger in ["/mine is nothing of graphdriver's", "/1@mine is nothing of graphdriver's"] {
+        let line = told.lines().find(|line| line.contains(stranger));
+        assert!(line.is_some_and(|line| line.starts_with("stranger: ")), "{stranger}: {told}");
+    }
+    assert_eq!(told.lines().filter(|line| line.starts_with("    do: ")).count(), 4, "{told}");
+}

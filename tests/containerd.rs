@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Home, no_program, no_root, skipped};
+use common::{Home, Image, archive, file, no_program, no_root, skipped, skipped_outside_guest, special};
 use std::{path::Path, process::Command};
+use tar::{Builder, EntryType};
 
 /// What every script begins with. Everything is in the test's own directory and mount namespace; the trap ends it all.
 const TOOLS: &str = r#"
@@ -43,13 +44,45 @@ TOML
 }
 "#;
 
-/// The disk of the data root, where the driver needs one of its own.
-fn disk(driver: &str) -> &'static str {
+/// What the driver needs: a disk for the data root, or a pool. `$POOL` is the test's own name.
+fn ground(driver: &str) -> &'static str {
     match driver {
         "btrfs" => {
             "truncate -s 4G disk; mkfs.btrfs -q disk >/dev/null 2>&1; mkdir root; mount -o loop disk root; rm disk"
         }
+        "devicemapper" => "export GRAPHDRIVER_STORAGE_OPTS=dm.basesize=400M,dm.loopdatasize=4G,dm.loopmetadatasize=16M",
+        "zfs" => {
+            "truncate -s 2G pool.img; zpool create -f -o cachefile=none -O mountpoint=none $POOL $PWD/pool.img
+             export GRAPHDRIVER_STORAGE_OPTS=zfs.fsname=$POOL"
+        }
         _ => "",
+    }
+}
+
+/// What outlives a test's mount namespace if the test fails.
+struct Outside {
+    pool: String,
+    state: std::path::PathBuf,
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let run = |program: &str, arguments: &[&str]| {
+            let out = Command::new(program).args(arguments).output();
+            out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
+        };
+        if run("zpool", &["list", "-H", "-o", "name"]).lines().any(|name| name == self.pool) {
+            run("zpool", &["destroy", "-f", &self.pool]);
+        }
+        let state = std::fs::read(&self.state).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let Some(state): Option<serde_json::Value> = state else { return };
+        let prefix = format!("graphdriver-{}-", state["id"].as_str().unwrap());
+        let text = run("dmsetup", &["ls"]);
+        let mut ours: Vec<_> = text.split_whitespace().filter(|name| name.starts_with(&prefix)).collect();
+        ours.sort_by_key(|name| name.ends_with("-pool"));
+        for name in ours {
+            run("dmsetup", &["remove", "--retry", name]);
+        }
     }
 }
 
@@ -58,6 +91,7 @@ up
 ctr images import --snapshotter graphdriver "$ARCHIVE" > imported
 image=$(ctr images ls -q)
 echo "layers $(sn ls | grep -c Committed)"
+graphdriver check --digests > /dev/null
 
 run() { ctr run --snapshotter graphdriver "$@"; }
 run "$image" first /bin/sh -c 'echo from first > /written; rm -r /usr/share/doc; chmod 700 /opt; . /etc/os-release; echo "$ID"
@@ -97,33 +131,73 @@ empty() { [[ -z $(sn ls | tail -n +2) ]]; }
 until_true empty
 nothing() { graphdriver info | grep -q '^Layers: 0$'; }
 until_true nothing
+graphdriver check > /dev/null
 echo "left $(graphdriver --format json df | jq -c '.[2] | [.TotalCount, .Size]') $(find root/*/data -mindepth 1 -maxdepth 2 -name '[0-9]*' | wc -l)"
 "#;
 
-fn archive() -> String {
+/// A real image of Debian's packages.
+fn debian() -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/make-image");
     let made = Command::new(script).output().expect("scripts/make-image runs");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     format!("{}/docker.tar", String::from_utf8(made.stdout).unwrap().trim())
 }
 
+/// A small one, made of busybox, for the guest's slow processor: three layers with links and deletions.
+fn busybox() -> Vec<u8> {
+    let mut base = Builder::new(Vec::new());
+    for dir in ["bin", "etc", "opt", "tmp", "usr", "usr/share", "usr/share/doc"] {
+        special(&mut base, dir, EntryType::Directory, "", 0o755);
+    }
+    file(&mut base, "bin/busybox", &std::fs::read("/bin/busybox").unwrap(), 0o755);
+    for name in ["sh", "cat", "chmod", "grep", "ls", "rm", "sleep", "stat"] {
+        special(&mut base, &format!("bin/{name}"), EntryType::Symlink, "busybox", 0o777);
+    }
+    file(&mut base, "etc/os-release", b"ID=debian\n", 0o644);
+    file(&mut base, "usr/share/doc/gone", b"gone", 0o644);
+    let mut middle = Builder::new(Vec::new());
+    special(&mut middle, "usr/share/doc/busybox", EntryType::Link, "bin/busybox", 0o755);
+    file(&mut middle, "usr/share/doc/kept", &[b'k'; 100_000], 0o640);
+    let mut top = Builder::new(Vec::new());
+    file(&mut top, "usr/share/doc/.wh.gone", b"", 0o600);
+    file(&mut top, "etc/os-release", b"ID=busybox\n", 0o644);
+    let layers = [base, middle, top].map(|layer| layer.into_inner().unwrap()).into();
+    archive(&[Image { layers, steps: vec!["ADD base", "ADD doc", "RUN rm"], names: vec!["busybox:1"] }])
+}
+
 fn containerd_uses(test: &str, driver: &str) {
     let missing = || no_program(&["containerd", "ctr", "runc", "jq", "setpriv", "mount.fuse3", "mkfs.btrfs"]);
-    if skipped(test, no_root().or_else(missing)) {
-        return;
+    if !skipped(test, no_root().or_else(missing)) {
+        story(driver, &debian(), 6, "debian");
     }
+}
+
+/// With a driver that only the guest's kernel has.
+#[cfg(any(feature = "devicemapper", feature = "zfs"))]
+fn containerd_uses_in_guest(test: &str, driver: &str, device: &str) {
+    let lacking = || (!Path::new(device).exists()).then(|| format!("there is no {device}"));
+    let missing = || no_program(&["containerd", "ctr", "runc", "jq", "setpriv", "busybox"]);
+    if !skipped_outside_guest(test, no_root().or_else(lacking).or_else(missing)) {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(image.path(), busybox()).unwrap();
+        story(driver, image.path().to_str().unwrap(), 3, "busybox");
+    }
+}
+
+fn story(driver: &str, archive: &str, layers: usize, os: &str) {
     let home = Home::new();
+    let pool = format!("gdctr{}", std::process::id());
+    let outside = Outside { pool: pool.clone(), state: home.root().join("devicemapper/data/pool.json") };
     let said = home.ok_noisy(&format!(
-        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE={}\n{TOOLS}\n{}\n{STORY}",
-        archive(),
-        disk(driver)
+        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE={archive} POOL={pool}\n{TOOLS}\n{}\n{STORY}",
+        ground(driver)
     ));
+    drop(outside);
     let lines: Vec<_> = said.lines().collect();
-    assert_eq!(lines, ["layers 6", "debian", "from first", "700", "goes on", "goes on", "left [0,0] 0"], "{said}");
-    if driver != "btrfs" {
-        let mounts = std::fs::read_to_string(home.path().join("mounts")).unwrap();
-        assert!(mounts.contains("snapshot") && mounts.contains("beats"), "{mounts}");
-    }
+    let told = format!("layers {layers}");
+    assert_eq!(lines, [&told, os, "from first", "700", "goes on", "goes on", "left [0,0] 0"], "{said}");
+    let mounts = std::fs::read_to_string(home.path().join("mounts")).unwrap();
+    assert!(mounts.contains("snapshot") && mounts.contains("beats"), "{mounts}");
 }
 
 #[test]
@@ -140,4 +214,16 @@ fn containerd_uses_vfs_fuse() {
 #[test]
 fn containerd_uses_btrfs() {
     containerd_uses("containerd_uses_btrfs", "btrfs");
+}
+
+#[cfg(feature = "devicemapper")]
+#[test]
+fn containerd_uses_devicemapper() {
+    containerd_uses_in_guest("containerd_uses_devicemapper", "devicemapper", "/dev/mapper/control");
+}
+
+#[cfg(feature = "zfs")]
+#[test]
+fn containerd_uses_zfs() {
+    containerd_uses_in_guest("containerd_uses_zfs", "zfs", "/dev/zfs");
 }

@@ -1,6 +1,6 @@
 //! The contract between the engine and a storage driver.
 
-use crate::{ByteSize, LayerId, Result};
+use crate::{ByteSize, LayerId, Result, mount::MountInfo};
 use serde::Serialize;
 use std::{
     fmt,
@@ -136,6 +136,16 @@ pub trait GraphDriver: Send + Sync {
     /// What cannot be freed keeps nothing else from being freed. The first such error is returned at the end, and the
     /// call is repeated at every opening of the store until there is none.
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed>;
+
+    /// All that is in this driver's storage, whoever knows it: layers, what [`reclaim`](Self::reclaim) would free, and
+    /// what somebody else put there. Changes nothing. Others may change what it tells of meanwhile.
+    fn inventory(&self) -> Result<Vec<Stored>>;
+
+    /// Which layer this entry in a table of mounts shows, if it can be told from a device, dataset or subvolume in it.
+    /// Whoever carried out the recipe may have done so in another mount namespace.
+    fn shown_by(&self, _mount: &MountInfo) -> Option<LayerId> {
+        None
+    }
 
     /// Where the layer's own changes lie as a directory in overlayfs's format (character devices 0/0 or xattrs as
     /// whiteouts, opaque xattrs), if that is how this driver stores them. A layer tar is then unpacked there, without
@@ -343,6 +353,41 @@ pub struct Reclaimed {
     pub layers: u64,
     /// Bytes, as far as they are known.
     pub bytes: u64,
+}
+
+/// One thing in a driver's storage, as [`GraphDriver::inventory`] finds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Where an administrator finds it: a path, a dataset, a thin device.
+    pub place: String,
+    /// What it is.
+    pub what: StoredAs,
+}
+
+/// What a driver takes something in its storage for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoredAs {
+    /// A layer that can be mounted.
+    Layer {
+        /// Its number.
+        id: LayerId,
+        /// Whether it is frozen.
+        committed: bool,
+    },
+    /// What should be a layer.
+    Damaged {
+        /// Its number.
+        id: LayerId,
+        /// What is wrong with it, as the end of "its storage ...": "has no directory diff".
+        flaw: String,
+    },
+    /// What no layer needs once whoever is at work is done, and [`GraphDriver::reclaim`] frees.
+    Leftover {
+        /// The layer that is being made or removed there, or was.
+        of: Option<LayerId>,
+    },
+    /// Nothing of the driver's own, which it leaves alone.
+    Alien,
 }
 
 /// How the engine finds a driver: its name, whether it works here, how to open it. One per driver crate.

@@ -2,7 +2,7 @@
 
 use graphdriver_core::{
     Access, Capabilities, Change, ChangeKind, FileKind, GraphDriver, LayerId, LayerOptions, Limits, Mount, Reclaimed,
-    Result, Usage,
+    Result, Stored, Usage,
     conformance::{Setup, Subject, Visit, cases, run_case},
     model::{ModelDriver, Op, Tree},
 };
@@ -30,6 +30,7 @@ enum Fault {
     RemoveKeepsTheLayer,
     ReclaimFreesTheKnown,
     ReclaimFreesNothing,
+    InventoryForgetsTheLast,
     ForgetsOnReopen,
     AcceptsUnknownParents,
     ReadOnlyIsWritable,
@@ -85,6 +86,7 @@ const MUST_NOTICE: &[(Fault, &[&str])] = &[
     (Fault::RemoveKeepsTheLayer, &["remove_can_be_repeated", "a_number_can_be_made_again_after_removal"]),
     (Fault::ReclaimFreesTheKnown, &["reclaim_frees_the_unknown_and_keeps_the_known"]),
     (Fault::ReclaimFreesNothing, &["reclaim_frees_the_unknown_and_keeps_the_known"]),
+    (Fault::InventoryForgetsTheLast, &["reclaim_frees_the_unknown_and_keeps_the_known"]),
     (Fault::ForgetsOnReopen, &["layers_are_there_after_opening_again", "a_child_equals_its_base"]),
     (Fault::AcceptsUnknownParents, &["an_unknown_parent_is_refused_and_nothing_is_left"]),
     (Fault::ReadOnlyIsWritable, &["a_read_only_mount_gives_erofs"]),
@@ -244,6 +246,16 @@ impl GraphDriver for Broken {
             Fault::ReclaimFreesTheKnown => self.model.reclaim(&|_| false),
             Fault::ReclaimFreesNothing => Ok(Reclaimed::default()),
             _ => self.model.reclaim(known),
+        }
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        match self.fault {
+            Fault::InventoryForgetsTheLast => self.model.inventory().map(|mut all| {
+                all.pop();
+                all
+            }),
+            _ => self.model.inventory(),
         }
     }
 }

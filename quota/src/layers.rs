@@ -1,7 +1,9 @@
 //! Project quotas for drivers whose layers are directories in one home: overlay2 and vfs-fuse.
 
 use crate::project::{self, ProjectQuota, RANGE, check_limits, ledger::Ledger};
-use graphdriver_core::{ByteSize, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Options, Result, Unmet};
+use graphdriver_core::{
+    ByteSize, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Options, Result, Stored, StoredAs, Unmet,
+};
 use std::{ops::RangeInclusive, path::Path};
 
 /// What users choose, by the options `DRIVER.size` and `DRIVER.quota_projects`.
@@ -162,12 +164,24 @@ impl LayerQuota {
     /// Forgets layers that are neither known nor there.
     pub fn reclaim(&self, home: &Path, known: &dyn Fn(LayerId) -> bool) -> Result<()> {
         let Ok(projects) = &self.projects else { return Ok(()) };
-        let gone = |name: &str| {
-            let there = ["", "new-", "removed-"].iter().any(|prefix| home.join(format!("{prefix}{name}")).exists());
-            !there && !name.parse().is_ok_and(known)
-        };
-        projects.reclaim(&gone).map(drop)
+        projects.reclaim(&|name| !is_there(home, name) && !name.parse().is_ok_and(known)).map(drop)
     }
+
+    /// Adds what [`reclaim`](Self::reclaim) would forget of layers that are not known: those that are not there.
+    pub fn inventory(&self, home: &Path, found: &mut Vec<Stored>) -> Result<()> {
+        if self.works() {
+            let names = self.ledger.read()?.trees.into_keys();
+            found.extend(names.filter(|name| !is_there(home, name)).map(|name| Stored {
+                place: format!("project of layer {name} in {}", home.join("projects").display()),
+                what: StoredAs::Leftover { of: name.parse().ok() },
+            }));
+        }
+        Ok(())
+    }
+}
+
+fn is_there(home: &Path, layer: &str) -> bool {
+    ["", "new-", "removed-"].iter().any(|prefix| home.join(format!("{prefix}{layer}")).exists())
 }
 
 /// Whether limits would be enforced where `scratch` is. See [`project::probe`].

@@ -181,6 +181,10 @@ pub(crate) enum Command {
     Quota(QuotaArgs),
     /// Show what images and containers take on disk
     Df(DfArgs),
+    /// Look for damage, leftovers and strangers in the whole store, and change nothing
+    ///
+    /// The exit code is 9 if there is any. What killed commands have left, the next other command undoes.
+    Check(CheckArgs),
     /// Show what happened
     Events(EventsArgs),
     /// Serve containerd as a proxy snapshotter
@@ -490,6 +494,13 @@ pub(crate) struct DfArgs {
     /// A line for each image and container
     #[arg(long, short = 'v')]
     pub verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Also read every image layer, and compare it with its digest
+    #[arg(long)]
+    pub digests: bool,
 }
 
 #[cfg(feature = "containerd")]

@@ -80,7 +80,10 @@ fn run(mut cli: Cli) -> Result<()> {
     if let Command::Bench { command: BenchCommand::WriteAmplification(args) } = cli.command {
         return bench::write_amplification(&out, args, &cli.global, &cancel);
     }
-    let mut engine = Engine::open(settings)?;
+    let mut engine = match cli.command {
+        Command::Check(_) => Engine::open_as_it_is(settings)?,
+        _ => Engine::open(settings)?,
+    };
     engine.cancel_by(cancel);
     if let Some(bars) = progress::Bars::on_terminal() {
         engine.report_to(Box::new(bars));
@@ -97,6 +100,7 @@ fn dispatch(engine: &Engine, out: &Output, command: Command) -> Result<()> {
         Command::Snapshotter(_) => unreachable!("run() has done it"),
         Command::Info => system::info(engine, out),
         Command::Df(args) => system::df(engine, out, &args),
+        Command::Check(args) => system::check(engine, out, &args),
         Command::Events(args) => system::events(engine, out, &args),
         Command::Load(args) => images::load(engine, out, &args),
         Command::Save(args) => images::save(engine, &args),

@@ -1,11 +1,11 @@
 //! Commands about the whole.
 
 use super::{
-    args::{DfArgs, EventsArgs, InspectArgs, ObjectType},
+    args::{CheckArgs, DfArgs, EventsArgs, InspectArgs, ObjectType},
     output::{self, Output},
     times,
 };
-use graphdriver::{DiskUsage, Engine, EventFilter, Info, config::Settings, registry};
+use graphdriver::{Checked, DiskUsage, Engine, EventFilter, FindingKind, Info, config::Settings, registry};
 use graphdriver_core::{ByteSize, Error, ErrorKind, Result};
 use serde::Serialize;
 
@@ -174,6 +174,41 @@ fn df_verbose(out: &Output, usage: &DiskUsage) -> Result<()> {
             if space.mounted { "yes" } else { "no" }.into(),
         ]
     })
+}
+
+pub(crate) fn check(engine: &Engine, out: &Output, args: &CheckArgs) -> Result<()> {
+    let checked = engine.check(args.digests)?;
+    out.result(&checked, check_lines)?;
+    match checked.findings.len() {
+        0 => Ok(()),
+        1 => Err(Error::new(ErrorKind::Corrupt, "the store has something wrong with it: see above")),
+        several => {
+            Err(Error::new(ErrorKind::Corrupt, format!("the store has {several} things wrong with it: see above")))
+        }
+    }
+}
+
+fn check_lines(checked: &Checked) -> Vec<String> {
+    let mut lines = Vec::new();
+    for finding in &checked.findings {
+        let kind = match finding.kind {
+            FindingKind::Damage => "damage",
+            FindingKind::Leftover => "leftover",
+            FindingKind::Alien => "stranger",
+        };
+        lines.push(format!("{kind}: {}", finding.what));
+        lines.push(format!("    so: {}", finding.consequence));
+        if !finding.needed_by.is_empty() {
+            lines.push(format!("    needed by: {}", finding.needed_by.join(", ")));
+        }
+        lines.push(format!("    do: {}", finding.remedy));
+    }
+    let Checked { layers, images, containers, snapshots, mounts, digests, .. } = checked;
+    let read = digests.map_or(String::new(), |read| format!("; layers read and compared with their digests: {read}"));
+    lines.push(format!(
+        "looked at: layers {layers}, images {images}, containers {containers}, snapshots {snapshots}, mounts {mounts}{read}"
+    ));
+    lines
 }
 
 pub(crate) fn events(engine: &Engine, out: &Output, args: &EventsArgs) -> Result<()> {

@@ -57,6 +57,8 @@ pub fn serve(snapshots: Snapshots, options: &ServeOptions) -> Result<()> {
 }
 
 async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
+    // Whoever has got a connection may end us: not before that ends calls properly.
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let socket = socket::listen(&options.socket)?;
     let metrics = Arc::new(Metrics::new()?);
     let (stop, stopping) = watch::channel(false);
@@ -72,7 +74,6 @@ async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
     let incoming = UnixListenerStream::new(socket.listener);
     let server = Server::builder().add_service(service).serve_with_incoming_shutdown(incoming, told_to_stop());
     let mut server = tokio::spawn(server);
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tracing::info!(socket = %options.socket.display(), "serving");
     notify(&[sd_notify::NotifyState::Ready]);
     let ended = tokio::select! {

@@ -192,14 +192,12 @@ impl Engine {
     /// Removes layers that nothing refers to any more although no removal took them: somebody was building on them then,
     /// and gave up or was killed later.
     pub(super) fn release_unused(&self) -> Result<()> {
-        let unused = |db: &Connection| -> Result<Vec<LayerId>> {
-            let mut rows = db.prepare(UNUSED)?;
-            Ok(rows.query_map([], |r| r.get(0))?.collect::<rusqlite::Result<_>>()?)
-        };
-        if self.layers.store().read(unused)?.is_empty() {
+        if self.layers.store().read(unused_layers)?.is_empty() {
             return Ok(());
         }
-        self.layers.store().write(|tx| unused(tx)?.into_iter().try_for_each(|id| self.release_chain(tx, Some(id))))?;
+        self.layers
+            .store()
+            .write(|tx| unused_layers(tx)?.into_iter().try_for_each(|id| self.release_chain(tx, Some(id))))?;
         self.layers.sweep().map(drop)
     }
 
@@ -221,6 +219,12 @@ const UNUSED: &str = "SELECT id FROM visible_layers AS l
     AND NOT EXISTS (SELECT 1 FROM containers WHERE layer = l.id)
     AND NOT EXISTS (SELECT 1 FROM mounts WHERE layer = l.id)
     AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer = l.id)";
+
+/// Layers that nothing refers to.
+pub(super) fn unused_layers(db: &Connection) -> Result<Vec<LayerId>> {
+    let mut rows = db.prepare(UNUSED)?;
+    Ok(rows.query_map([], |r| r.get(0))?.collect::<rusqlite::Result<_>>()?)
+}
 
 fn is_used(db: &Connection, layer: LayerId) -> Result<bool> {
     if !store::children(db, layer)?.is_empty() {

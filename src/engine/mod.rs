@@ -1,6 +1,7 @@
 //! What the command line does, as a library.
 
 mod build;
+mod check;
 mod containers;
 mod copy;
 mod diff;
@@ -19,6 +20,7 @@ mod snapshots;
 mod space;
 
 pub use build::CommitOptions;
+pub use check::{Checked, Finding, FindingKind};
 pub use containers::{ContainerSummary, CreateOptions};
 pub use copy::CopyOptions;
 pub use events::{Event, EventFilter};
@@ -36,7 +38,7 @@ use crate::{
     registry,
 };
 use graphdriver_core::{
-    Access, Context, LayerId, Result, Root, mount,
+    Access, Context, Error, ErrorKind, LayerId, Result, Root, mount,
     store::{Layers, reserve},
 };
 use std::{
@@ -82,6 +84,26 @@ impl Engine {
         let engine = Engine { layers, settings, progress: Box::new(Silent), cancel: Cancel::default() };
         engine.release_unused()?;
         Ok(engine)
+    }
+
+    /// Opens a data root that is there, and leaves what a crash interrupted as it is.
+    ///
+    /// Fails with `NotFound` if there is none.
+    pub fn open_as_it_is(settings: Settings) -> Result<Engine> {
+        let root = &settings.data_root;
+        let factory = registry::choose(root, settings.storage_driver.as_deref(), &settings.storage_opts)?;
+        let dir = registry::store_dir(root, factory.name);
+        if !dir.join("store.db").exists() && !dir.join("records").exists() {
+            let why = format!("there is no store of storage driver {} in {}", factory.name, root.display());
+            return Err(Error::new(ErrorKind::NotFound, why).hint("name another with --root or --storage-driver"));
+        }
+        let turn = File::open(root).doing(|| "opening the data root")?;
+        turn.lock().doing(|| format!("locking {}", root.display()))?;
+        let driver = registry::open(&factory, root, &settings.storage_opts)?;
+        drop(turn);
+        let layers = Layers::open_as_it_is(&dir, driver, &[schema::SCHEMA])
+            .doing(|| format!("opening the store in {}", dir.display()))?;
+        Ok(Engine { layers, settings, progress: Box::new(Silent), cancel: Cancel::default() })
     }
 
     /// Sends what long work reports to `progress`.

@@ -1,7 +1,7 @@
 //! Who shows what where: remembered across processes, and reconciled with what the kernel has mounted.
 
 use super::{
-    Engine, events,
+    Engine, Finding, events,
     find::{self, Object},
     now,
     sight::{self, Fate, Here, Numbers, View},
@@ -380,6 +380,34 @@ impl Engine {
         });
         Ok(ours?.into_iter().chain(self.snapshot_mounts()?).collect())
     }
+}
+
+/// Recorded mounts that are not there, or show nothing.
+pub(super) fn look(engine: &Engine) -> Result<Vec<Finding>> {
+    // The lock is a file, and whoever has not mounted anything has none.
+    if engine.layers.store().read(all)?.is_empty() {
+        return Ok(Vec::new());
+    }
+    let _turn = engine.mounts_turn()?;
+    let view = View::take()?;
+    let mut found = Vec::new();
+    for row in engine.layers.store().read(all)? {
+        let name = engine.layers.store().read(|db| name_of(db, &row))?;
+        let place = format!("the mount of {} {name} at {}", row.kind, row.target.display());
+        match view.fate(&row)? {
+            Fate::Gone => found.push(Finding {
+                consequence: "until then it counts as in use".into(),
+                ..Finding::leftover(format!("{place} is recorded, and is not there"), "graphdriver mounts forgets it")
+            }),
+            _ if view.reach(&row).is_ok_and(|(dir, _)| sight::is_dead(&dir)) => found.push(Finding::damage(
+                format!("{place} is dead: the program that served it is gone"),
+                "whatever uses it gets errors",
+                &format!("graphdriver umount {}, and mount it again", row.target.display()),
+            )),
+            _ => {}
+        }
+    }
+    Ok(found)
 }
 
 /// The root of the mount that a further one has to share: two overlays on one upper directory are undefined behaviour, and

@@ -68,7 +68,7 @@ impl Engine {
         })
     }
 
-    fn repack(&self, layer: LayerId, diff: DiffId, size: u64, out: &mut dyn Write) -> Result<()> {
+    pub(super) fn repack(&self, layer: LayerId, diff: DiffId, size: u64, out: &mut dyn Write) -> Result<()> {
         let root = match self.layers.driver().diff_dir(layer) {
             Some(dir) => Root::open(&dir.path)?,
             None => self.view(layer)?,

@@ -46,7 +46,9 @@ pub fn graphdriver(root: &Path, driver: &str) -> Command {
     let mut command = Command::new(BINARY);
     command.arg("--root").arg(root).args(["--storage-driver", driver]);
     let config = root.with_extension("json");
-    fs::write(&config, "{}").unwrap();
+    if !config.exists() {
+        fs::write(&config, "{}").unwrap();
+    }
     command.env("GRAPHDRIVER_CONFIG", config).stdin(Stdio::null());
     command
 }
@@ -192,11 +194,7 @@ impl Service {
 
     /// The numbers of the layers whose storage is there.
     pub fn stored(&self) -> Vec<u64> {
-        let data = self.root.join(&self.driver).join("data");
-        let entries = fs::read_dir(if self.driver == "btrfs" { data.join("layers") } else { data }).unwrap();
-        let mut all: Vec<_> = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).collect();
-        all.sort();
-        all
+        crate::rigs::stored(&self.root, &self.driver)
     }
 }
 
@@ -231,6 +229,12 @@ impl Tree {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// A path below a descriptor of this process, for another one.
+pub fn seen_by_others(path: &Path) -> PathBuf {
+    let rest = path.strip_prefix("/proc/self").unwrap();
+    Path::new("/proc").join(std::process::id().to_string()).join(rest)
 }
 
 /// containerd runs the helper `mount.fuse3` for `fuse3.`.

@@ -2,6 +2,7 @@
 
 mod client;
 mod random;
+mod rigs;
 mod serving;
 mod suite;
 #[path = "../support/mod.rs"]
@@ -9,39 +10,30 @@ mod suite;
 mod support;
 
 use client::{BINARY, Service};
+use rigs::{On, Rig};
 use std::{path::Path, time::Duration};
-use support::{isolated, skip, system};
+use support::{isolated, system};
 
-const LIMIT: Duration = Duration::from_secs(300);
+/// What one test may take. The guest is slow.
+fn limit() -> Duration {
+    let in_guest = std::env::var("GRAPHDRIVER_GUEST").as_deref() == Ok("1");
+    Duration::from_secs(if in_guest { 1200 } else { 300 })
+}
 
 /// Runs `case` on a service of its own, alone in its namespaces.
-fn on(test: &str, driver: &str, case: impl FnOnce(Service)) {
-    if driver == "vfs-fuse" && skip::skipped(test, no_vfs_fuse()) {
+fn on(test: &str, on: On, case: impl FnOnce(Service)) {
+    if on.skipped(test) {
         return;
     }
-    if driver == "btrfs" && skip::skipped(test, skip::no_program(&["mkfs.btrfs"])) {
-        return;
-    }
-    isolated(test, LIMIT, |dir| {
-        if driver == "btrfs" {
-            btrfs(dir);
-        }
-        case(Service::start(dir, driver));
+    isolated(test, limit(), |dir| {
+        let _rig = Rig::new(dir, on);
+        case(Service::start(dir, on.driver()));
     });
 }
 
 fn no_vfs_fuse() -> Option<String> {
     let there = Path::new(BINARY).with_file_name("vfs-fuse").exists() && Path::new("/dev/fuse").exists();
     (!there).then(|| "needs /dev/fuse and the program vfs-fuse: cargo build -p graphdriver-vfs-fuse".into())
-}
-
-/// A filesystem of its own at `DIR/root`.
-fn btrfs(dir: &Path) {
-    let (disk, root) = (dir.join("disk"), dir.join("root"));
-    std::fs::File::create(&disk).unwrap().set_len(512 << 20).unwrap();
-    std::fs::create_dir(&root).unwrap();
-    system("mkfs.btrfs", &["-q", disk.to_str().unwrap()]);
-    system("mount", &["-o", "loop", disk.to_str().unwrap(), root.to_str().unwrap()]);
 }
 
 /// The name by which libtest knows a test of this module.
@@ -51,25 +43,25 @@ fn name(module: &str, test: &str) -> String {
 }
 
 macro_rules! cases {
-    ($module:ident, $driver:literal, $($case:ident)*) => {
+    ($module:ident, $on:ident, $($case:ident)*) => {
         mod $module {
             $(#[test]
             fn $case() {
                 let test = super::name(module_path!(), stringify!($case));
-                super::on(&test, $driver, |service| super::suite::$case(&service));
+                super::on(&test, super::On::$on, |service| super::suite::$case(&service));
             })*
 
             #[test]
             fn stopped_twice_it_has_everything() {
                 let test = super::name(module_path!(), "stopped_twice_it_has_everything");
-                super::on(&test, $driver, super::suite::stopped_twice_it_has_everything);
+                super::on(&test, super::On::$on, super::suite::stopped_twice_it_has_everything);
             }
         }
     };
 }
 
 macro_rules! suite {
-    ($($module:ident: $driver:literal),*) => { $(cases! { $module, $driver,
+    ($($module:ident: $on:ident),*) => { $(cases! { $module, $on,
         from_prepare_to_removal
         stat_tells_kinds_and_parents
         parents_are_passed_on
@@ -88,9 +80,35 @@ macro_rules! suite {
         the_root_has_mode_0755
         directories_and_files_are_renamed
         each_of_128_layers_equals_a_flat_copy
+        the_command_line_sees_it_and_removes_nothing
     })* };
 }
 
-suite! { overlay2: "overlay2", vfs_fuse: "vfs-fuse" }
+suite! { overlay2: Overlay2, vfs_fuse: VfsFuse }
 #[cfg(feature = "btrfs")]
-suite! { btrfs_driver: "btrfs" }
+suite! { btrfs_driver: Btrfs }
+#[cfg(feature = "devicemapper")]
+suite! { devicemapper: Devicemapper }
+#[cfg(feature = "zfs")]
+suite! { zfs: Zfs }
+
+macro_rules! limits {
+    ($($module:ident: $on:expr),*) => { $(mod $module {
+        #[allow(unused_imports)]
+        use super::On;
+
+        #[test]
+        fn a_size_limits_what_is_written() {
+            let test = super::name(module_path!(), "a_size_limits_what_is_written");
+            super::on(&test, $on, |service| super::suite::a_size_limits_what_is_written(&service));
+        }
+    })* };
+}
+
+limits! { limits_xfs: On::Overlay2Limited("xfs"), limits_ext4: On::Overlay2Limited("ext4") }
+#[cfg(feature = "btrfs")]
+limits! { limits_btrfs: On::BtrfsLimited }
+#[cfg(feature = "devicemapper")]
+limits! { limits_devicemapper: On::Devicemapper }
+#[cfg(feature = "zfs")]
+limits! { limits_zfs: On::Zfs }

@@ -76,7 +76,7 @@ fn listed(s: &Service, filters: &[&str]) -> BTreeMap<String, Known> {
 
 #[test]
 fn any_sequence_of_calls_answers_as_a_plain_map() {
-    on(&name(module_path!(), "any_sequence_of_calls_answers_as_a_plain_map"), "overlay2", |mut s| {
+    on(&name(module_path!(), "any_sequence_of_calls_answers_as_a_plain_map"), crate::rigs::On::Overlay2, |mut s| {
         let dir = s.root.parent().unwrap().to_owned();
         let mut random = Random::new(5);
         let mut model = Model::default();

@@ -1,9 +1,9 @@
 //! Serving: many calls at once, being killed, the socket, limits and ids, metrics, and what the command line sees.
 
 use crate::{
-    LIMIT,
-    client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, signal},
-    name, on,
+    client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, seen_by_others, signal},
+    limit, name, on,
+    rigs::On,
     support::isolated,
 };
 use graphdriver_containerd_api::snapshots as api;
@@ -17,7 +17,6 @@ use std::{
         fs::{MetadataExt, PermissionsExt, chown},
         net::UnixDatagram,
     },
-    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -29,7 +28,7 @@ fn here(test: &str) -> String {
 
 #[test]
 fn two_hundred_at_once() {
-    on(&here("two_hundred_at_once"), "overlay2", |s| {
+    on(&here("two_hundred_at_once"), On::Overlay2, |s| {
         s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
         s.block_on(async {
             let calls = (0..200).map(|n| {
@@ -56,7 +55,7 @@ fn two_hundred_at_once() {
 
 #[test]
 fn of_two_commits_to_one_name_one_stays_writable() {
-    on(&here("of_two_commits_to_one_name_one_stays_writable"), "overlay2", |s| {
+    on(&here("of_two_commits_to_one_name_one_stays_writable"), On::Overlay2, |s| {
         for round in 0..10 {
             for key in ["a", "b"] {
                 s.prepare(&format!("{key}{round}"), "").unwrap();
@@ -76,7 +75,7 @@ fn of_two_commits_to_one_name_one_stays_writable() {
 
 #[test]
 fn killed_at_any_moment_it_loses_nothing_that_was_told() {
-    on(&here("killed_at_any_moment_it_loses_nothing_that_was_told"), "overlay2", |mut s| {
+    on(&here("killed_at_any_moment_it_loses_nothing_that_was_told"), On::Overlay2, |mut s| {
         let dir = s.root.parent().unwrap().to_owned();
         s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
         let mut known: BTreeSet<String> = ["base".into()].into();
@@ -132,7 +131,7 @@ fn killed_at_any_moment_it_loses_nothing_that_was_told() {
 
 #[test]
 fn stopped_it_finishes_what_it_has_begun() {
-    on(&here("stopped_it_finishes_what_it_has_begun"), "overlay2", |mut s| {
+    on(&here("stopped_it_finishes_what_it_has_begun"), On::Overlay2, |mut s| {
         let dir = s.root.parent().unwrap().to_owned();
         let mut done = BTreeSet::new();
         for round in 0..3u64 {
@@ -166,7 +165,7 @@ fn stopped_it_finishes_what_it_has_begun() {
 
 #[test]
 fn the_socket_is_roots_alone_and_one_service_has_it() {
-    on(&here("the_socket_is_roots_alone_and_one_service_has_it"), "overlay2", |s| {
+    on(&here("the_socket_is_roots_alone_and_one_service_has_it"), On::Overlay2, |s| {
         let dir = s.root.parent().unwrap();
         assert_eq!(fs::metadata(&s.socket).unwrap().mode() & 0o777, 0o600);
         let second = |root: &str, socket: &str| {
@@ -186,7 +185,7 @@ fn the_socket_is_roots_alone_and_one_service_has_it() {
 #[test]
 fn systemd_hands_over_the_socket_and_is_told() {
     let test = here("systemd_hands_over_the_socket_and_is_told");
-    isolated(&test, LIMIT, |dir| {
+    isolated(&test, limit(), |dir| {
         let told = UnixDatagram::bind(dir.join("notify")).unwrap();
         told.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let hear = || {
@@ -230,7 +229,7 @@ os.execv(sys.argv[2], sys.argv[2:])";
 
 #[test]
 fn a_size_is_a_real_limit_or_refused() {
-    on(&here("a_size_is_a_real_limit_or_refused"), "overlay2", |s| {
+    on(&here("a_size_is_a_real_limit_or_refused"), On::Overlay2, |s| {
         // A tmpfs has no project quotas.
         for label in ["containerd.io/snapshot/max-size", "graphdriver.io/size", "graphdriver.io/inodes"] {
             refused(s.prepare_with("key", "", labels(&[(label, "1048576")])), Code::FailedPrecondition);
@@ -251,33 +250,9 @@ fn a_size_is_a_real_limit_or_refused() {
     });
 }
 
-#[cfg(feature = "btrfs")]
-#[test]
-fn a_size_limits_what_is_written() {
-    on(&here("a_size_limits_what_is_written"), "btrfs", |s| {
-        let root = s.root.to_str().unwrap().to_owned();
-        let dir = s.root.parent().unwrap().to_owned();
-        assert!(s.stop().success());
-        crate::system("btrfs", &["quota", "enable", &root]);
-        let s = Service::start(&dir, "btrfs");
-        let fill = |key: &str, bytes: usize| {
-            let tree = Tree::of(&s.mounts(key).unwrap());
-            let written = fs::write(tree.path().join("file"), vec![7; bytes]);
-            written.and_then(|()| fs::File::open(tree.path().join("file"))?.sync_all())
-        };
-        s.prepare_with("key", "", labels(&[("containerd.io/snapshot/max-size", "8388608")])).unwrap();
-        fill("key", 1 << 20).unwrap();
-        assert!(fill("key", 16 << 20).is_err());
-        let mut info = s.stat("key").unwrap();
-        info.labels = labels(&[("graphdriver.io/size", "64M")]);
-        s.update(info, &[]).unwrap();
-        fill("key", 16 << 20).unwrap();
-    });
-}
-
 #[test]
 fn ids_are_mapped_by_changing_owners() {
-    on(&here("ids_are_mapped_by_changing_owners"), "overlay2", |s| {
+    on(&here("ids_are_mapped_by_changing_owners"), On::Overlay2, |s| {
         s.layer("base", "", |dir| {
             for name in ["plain", "setuid", "first"] {
                 fs::write(dir.join(name), name).unwrap();
@@ -315,7 +290,7 @@ fn ids_are_mapped_by_changing_owners() {
 
 #[test]
 fn prometheus_is_answered_on_this_host_alone() {
-    on(&here("prometheus_is_answered_on_this_host_alone"), "overlay2", |s| {
+    on(&here("prometheus_is_answered_on_this_host_alone"), On::Overlay2, |s| {
         let dir = s.root.parent().unwrap().to_owned();
         s.layer("base", "", |_| ());
         assert!(s.stop().success());
@@ -348,48 +323,15 @@ fn prometheus_is_answered_on_this_host_alone() {
     });
 }
 
-/// Everything that removes, and the opening that removes what nobody refers to.
 #[test]
-fn the_command_line_sees_snapshots_and_removes_none() {
-    on(&here("the_command_line_sees_snapshots_and_removes_none"), "overlay2", |s| {
-        s.layer("base", "", |dir| fs::write(dir.join("file"), vec![1; 100_000]).unwrap());
-        let mounts = s.prepare("work", "base").unwrap();
-        s.command(&["image", "prune", "-a"]);
-        for command in [&["rm", "-f", "work"][..], &["rmi", "-f", "base"]] {
-            let out = graphdriver(&s.root, "overlay2").args(command).output().unwrap();
-            assert_eq!(out.status.code(), Some(3), "{command:?}");
-        }
-        let df = s.command(&["df", "-v"]);
-        assert!(df.contains("SNAPSHOT") && df.contains("base") && df.contains("work"), "{df}");
-        let total: serde_json::Value = serde_json::from_str(&s.command(&["--format", "json", "df"])).unwrap();
-        let snapshots = &total[2];
-        assert_eq!((&snapshots["Type"], &snapshots["TotalCount"]), (&"Snapshots".into(), &2.into()));
-        assert!(snapshots["Size"].as_u64() > Some(100_000) && snapshots["Reclaimable"] == 0, "{total}");
-        assert!(s.command(&["info"]).contains("Snapshots: 2"));
-        let inspected = s.command(&["inspect", "--type", "snapshot", "work"]);
-        assert!(inspected.contains("upperdir=") && inspected.contains("\"Parent\": \"base\""), "{inspected}");
-        mounted_as_containerd_does(&s, &mounts);
-        assert_eq!(s.names(&[]), ["base", "work"]);
-        assert_eq!(s.stored().len(), 2);
+fn damage_to_a_snapshot_is_named() {
+    on(&here("damage_to_a_snapshot_is_named"), On::Overlay2, |s| {
+        s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
+        s.prepare("work", "base").unwrap();
+        fs::remove_dir_all(s.root.join("overlay2/data/1")).unwrap();
+        let out = graphdriver(&s.root, "overlay2").arg("check").output().unwrap();
+        let told = String::from_utf8(out.stdout).unwrap();
+        assert_eq!(out.status.code(), Some(9), "{told}");
+        assert!(told.contains("layer 1 has no storage") && told.contains("snapshot base, snapshot work"), "{told}");
     });
-}
-
-fn mounted_as_containerd_does(s: &Service, mounts: &[graphdriver_containerd_api::types::Mount]) {
-    let target = s.root.with_file_name("target");
-    fs::create_dir(&target).unwrap();
-    let target = target.to_str().unwrap();
-    crate::system("mount", &["-t", &mounts[0].r#type, &mounts[0].source, target, "-o", &mounts[0].options.join(",")]);
-    let listed = s.command(&["mounts"]);
-    assert!(listed.contains(target) && listed.contains("snapshot"), "{listed}");
-    let out = graphdriver(&s.root, "overlay2").args(["umount", target]).output().unwrap();
-    let said = String::from_utf8(out.stderr).unwrap();
-    assert!(out.status.code() == Some(5) && said.contains("containerd mounted"), "{said}");
-    crate::system("umount", &[target]);
-    assert!(!Path::new(target).join("file").exists());
-}
-
-/// A path below a descriptor of this process, for another one.
-fn seen_by_others(path: &Path) -> PathBuf {
-    let rest = path.strip_prefix("/proc/self").unwrap();
-    Path::new("/proc").join(std::process::id().to_string()).join(rest)
 }

@@ -7,11 +7,13 @@ use crate::{
     usage::{self, generation},
 };
 use graphdriver_core::{
-    ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage, open_lock,
+    ByteSize, Context, Error, ErrorKind, LayerId, Limits, Reclaimed, Result, Root, Usage,
+    mount::{self, MountInfo},
+    open_lock,
 };
 use graphdriver_quota::qgroup::{Accounting, Qgroups, subvolume_id};
 use rustix::{
-    fs::{self, CWD, FlockOperation, Mode},
+    fs::{self, AtFlags, CWD, FlockOperation, Mode, StatxFlags},
     io::Errno,
     rand::{GetRandomFlags, getrandom},
 };
@@ -24,7 +26,7 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 const FORMAT: &str = "graphdriver btrfs 1\n";
@@ -32,13 +34,22 @@ const FORMAT: &str = "graphdriver btrfs 1\n";
 /// An opened data directory. Its layout is in the crate's documentation.
 #[derive(Debug)]
 pub(crate) struct Home {
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     layers: OwnedFd,
     /// Those that are used.
     pub quotas: Option<Qgroups>,
     privileged: bool,
     /// What active layers take, by the generation in which they were measured.
     measured: Mutex<HashMap<u64, (u64, Usage)>>,
+    /// Where layers are, as tables of mounts have it; none if it cannot be told.
+    place: OnceLock<Option<Place>>,
+}
+
+/// A directory's filesystem, and the way to it from the filesystem's own root.
+#[derive(Debug)]
+struct Place {
+    dev: (u32, u32),
+    path: PathBuf,
 }
 
 /// A read-only snapshot that exists while this does.
@@ -57,10 +68,17 @@ impl Home {
             make_dirs(&path.join(dir))?;
         }
         let layers = subvolume::open(CWD, path.join("layers")).doing(|| format!("opening {}", path.display()))?;
-        Ok(Home { path: path.into(), layers, quotas: None, privileged, measured: Mutex::default() })
+        Ok(Home {
+            path: path.into(),
+            layers,
+            quotas: None,
+            privileged,
+            measured: Mutex::default(),
+            place: OnceLock::new(),
+        })
     }
 
-    fn layers(&self) -> BorrowedFd<'_> {
+    pub(crate) fn layers(&self) -> BorrowedFd<'_> {
         self.layers.as_fd()
     }
 
@@ -371,13 +389,32 @@ impl Home {
 
     /// Held shared by whoever has a temporary snapshot: one that is there when nobody holds it was left by a crash. None
     /// if it is held and the operation does not wait.
-    fn lock_frozen(&self, how: FlockOperation) -> Result<Option<File>> {
+    pub(crate) fn lock_frozen(&self, how: FlockOperation) -> Result<Option<File>> {
         let path = self.path.join("frozen.lock");
         let file = open_lock(&path)?;
         match fs::flock(&file, how) {
             Err(Errno::WOULDBLOCK) => Ok(None),
             locked => locked.map(|()| Some(file)).doing(|| format!("locking {}", path.display())),
         }
+    }
+
+    /// The layer whose subvolume the mount shows, wherever it was made.
+    pub(crate) fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
+        if mount.fstype != "btrfs" {
+            return None;
+        }
+        let place = self.place.get_or_init(|| self.find_place().ok().flatten()).as_ref()?;
+        let name = mount.root.strip_prefix(&place.path).ok().filter(|_| mount.dev == place.dev)?;
+        name.to_str()?.parse().ok()
+    }
+
+    fn find_place(&self) -> Result<Option<Place>> {
+        let id = fs::statx(&self.layers, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+        let Some(on) = mount::table()?.into_iter().find(|entry| entry.id == id) else { return Ok(None) };
+        // Without symlinks on the way.
+        let layers = std::fs::canonicalize(self.path.join("layers"))?;
+        let below = layers.strip_prefix(&on.mount_point).ok();
+        Ok(below.map(|below| Place { dev: on.dev, path: on.root.join(below) }))
     }
 
     fn record(&self, id: LayerId) -> PathBuf {
@@ -440,7 +477,7 @@ fn write_version(home: &Path) -> io::Result<()> {
     File::open(home)?.sync_all()
 }
 
-fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(crate) fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let read = || {
         let mut all = Vec::new();
         for entry in std::fs::read_dir(dir)? {

@@ -38,6 +38,7 @@
 
 mod flatten;
 mod home;
+mod inventory;
 mod limits;
 mod native;
 mod options;
@@ -49,7 +50,7 @@ mod usage;
 
 use graphdriver_core::{
     Access, ByteSize, Capabilities, Context, DriverFactory, Error, ErrorKind, GraphDriver, LayerId, LayerOptions,
-    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Unmet, Usage,
+    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Stored, Unmet, Usage, mount::MountInfo,
 };
 use graphdriver_quota::qgroup::{Accounting, Qgroups};
 use home::Home;
@@ -254,6 +255,14 @@ impl GraphDriver for Btrfs {
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
         self.home.reclaim(known).doing(|| "removing what crashes have left")
+    }
+
+    fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
+        self.home.shown_by(mount)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        self.home.inventory()
     }
 
     fn native_diff(&self) -> Option<&dyn NativeDiff> {

@@ -66,6 +66,11 @@ pub(crate) fn info(file: BorrowedFd<'_>) -> Result<SubvolumeInfo> {
     subvolume_info(file).map_err(io::Error::from).doing(|| "asking about a subvolume")
 }
 
+/// Whether the directory is the root of a subvolume, and not merely in one.
+pub(crate) fn is_root(dir: BorrowedFd<'_>) -> Result<bool> {
+    Ok(fs::fstat(dir)?.st_ino == ROOT_INODE)
+}
+
 pub(crate) fn is_read_only(root: BorrowedFd<'_>) -> Result<bool> {
     let flags = subvolume_flags_get(root).map_err(io::Error::from).doing(|| "asking for the flags of a subvolume")?;
     Ok(flags.contains(SubvolumeFlags::RDONLY))

@@ -22,6 +22,7 @@
 
 mod dm;
 mod filesystem;
+mod inventory;
 mod layers;
 mod metadata;
 mod narrow;
@@ -35,7 +36,7 @@ mod sys;
 
 use graphdriver_core::{
     Access, Capabilities, Context, DriverFactory, GraphDriver, LayerId, LayerOptions, Limits, Mount, Narrow,
-    NativeDiff, Options, Reclaimed, Result, Usage,
+    NativeDiff, Options, Reclaimed, Result, Stored, Usage, mount::MountInfo,
 };
 use layers::Layers;
 use options::Wishes;
@@ -123,6 +124,14 @@ impl GraphDriver for DeviceMapper {
 
     fn reclaim(&self, known: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
         self.layers.reclaim(known)
+    }
+
+    fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
+        self.layers.shown_by(mount)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        self.layers.inventory().doing(|| "looking at what is in the pool")
     }
 
     fn native_diff(&self) -> Option<&dyn NativeDiff> {

@@ -125,7 +125,6 @@ impl Metadata {
     }
 
     /// The numbers of all thin devices.
-    #[cfg(test)]
     pub(crate) fn thin_devices(&self) -> Vec<u64> {
         self.devices.keys().copied().collect()
     }

@@ -40,8 +40,8 @@ mod sys;
 
 use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,
-    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
-    WriteStrategy,
+    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Stored, Unmet,
+    Usage, WriteStrategy,
     overlay_home::{self, Home, Trial},
 };
 use graphdriver_quota::LayerQuota;
@@ -276,6 +276,12 @@ impl GraphDriver for Overlay2 {
         let freed = self.home.reclaim(known)?;
         self.quota.reclaim(self.home.path(), known)?;
         Ok(freed)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        let mut found = self.home.inventory()?;
+        self.quota.inventory(self.home.path(), &mut found)?;
+        Ok(found)
     }
 
     fn diff_dir(&self, id: LayerId) -> Option<DiffDir> {

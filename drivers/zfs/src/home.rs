@@ -66,6 +66,13 @@ impl Names {
         format!("{}/{id}@{COMMITTED}", self.root)
     }
 
+    /// The layer that this dataset, or its frozen state, is of.
+    pub(crate) fn layer_of(&self, name: &str) -> Option<LayerId> {
+        let below = name.strip_prefix(&self.root)?.strip_prefix('/')?;
+        let (dataset, snapshot) = below.split_once('@').unwrap_or((below, COMMITTED));
+        dataset.parse().ok().filter(|_| snapshot == COMMITTED)
+    }
+
     /// A layer being created.
     pub(crate) fn new_layer(&self, id: LayerId) -> String {
         format!("{}/new-{id}", self.root)
@@ -337,5 +344,15 @@ mod tests {
         let names = Names { root: "tank/g".into() };
         assert_eq!((names.pool(), names.layer(LayerId(7)).as_str()), ("tank", "tank/g/7"));
         assert_eq!(names.committed(LayerId(7)), "tank/g/7@committed");
+        for (name, layer) in [
+            ("tank/g/7", Some(7)),
+            ("tank/g/7@committed", Some(7)),
+            ("tank/g/7@daily", None),
+            ("tank/g", None),
+            ("tank/g/new-7", None),
+            ("tank/g2/7", None),
+        ] {
+            assert_eq!(names.layer_of(name), layer.map(LayerId), "{name}");
+        }
     }
 }

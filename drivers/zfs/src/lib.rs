@@ -44,6 +44,7 @@
 
 mod changes;
 mod home;
+mod inventory;
 #[cfg(feature = "zfs-core")]
 mod library;
 mod narrow;
@@ -54,7 +55,8 @@ mod storage;
 
 use graphdriver_core::{
     Access, ByteSize, Capabilities, Context, DriverFactory, Error, ErrorKind, GraphDriver, LayerId, LayerOptions,
-    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Usage, WriteStrategy, mount,
+    Limits, Mount, Narrow, NativeDiff, Options, Reclaimed, Result, Root, Stored, Usage, WriteStrategy,
+    mount::{self, MountInfo},
 };
 use graphdriver_quota::{
     Quota,
@@ -448,6 +450,14 @@ impl GraphDriver for Zfs {
             }
         }
         failed.map_or(Ok(freed), Err)
+    }
+
+    fn shown_by(&self, mount: &MountInfo) -> Option<LayerId> {
+        self.names.layer_of(mount.source.to_str().filter(|_| mount.fstype == "zfs")?)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        inventory::inventory(&self.names).doing(|| format!("listing what is in {}", self.names.root()))
     }
 
     fn native_diff(&self) -> Option<&dyn NativeDiff> {

@@ -20,7 +20,7 @@ pub use tree::{HardLinks, MemTree};
 
 use crate::{
     Access, Capabilities, CopyUnit, Error, ErrorKind, GraphDriver, LayerId, LayerOptions, Limits, Mount, Reclaimed,
-    Result, Usage, WriteStrategy, tar::Segment,
+    Result, Stored, StoredAs, Usage, WriteStrategy, tar::Segment,
 };
 use rustix::io::Errno;
 use std::{
@@ -190,6 +190,14 @@ impl GraphDriver for ModelDriver {
             freed.bytes += layer.tree.own_usage(layer.base.as_ref()).bytes;
         }
         Ok(freed)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        let stored = |(id, layer): (&LayerId, &Layer)| Stored {
+            place: format!("model {id}"),
+            what: StoredAs::Layer { id: *id, committed: layer.committed },
+        };
+        Ok(self.lock().iter().map(stored).collect())
     }
 }
 

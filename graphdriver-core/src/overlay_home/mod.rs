@@ -14,6 +14,7 @@
 //! ```
 
 mod durable;
+mod inventory;
 mod narrow;
 mod record;
 mod tree;

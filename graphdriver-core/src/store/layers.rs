@@ -58,14 +58,19 @@ pub struct Recovered {
 impl Layers {
     /// Opens the store in `dir` (see [`Store::open`]) for the layers of `driver`, and [recovers](Self::recover).
     pub fn open(dir: &Path, driver: Box<dyn GraphDriver>, schema: &[Schema]) -> Result<Layers> {
-        let store = Store::open(dir, schema)?;
-        let (session, sweeping) = (Mutex::new(None), Mutex::new(()));
-        let layers = Layers { store, driver, dir: dir.to_owned(), session, sweeping };
+        let layers = Layers::open_as_it_is(dir, driver, schema)?;
         let found = layers.recover()?;
         if found != Recovered::default() {
             tracing::info!(?found, "recovered {} from a crash", dir.display());
         }
         Ok(layers)
+    }
+
+    /// The same without recovering: what a crash left is there to be seen.
+    pub fn open_as_it_is(dir: &Path, driver: Box<dyn GraphDriver>, schema: &[Schema]) -> Result<Layers> {
+        let store = Store::open(dir, schema)?;
+        let (session, sweeping) = (Mutex::new(None), Mutex::new(()));
+        Ok(Layers { store, driver, dir: dir.to_owned(), session, sweeping })
     }
 
     /// The driver.

@@ -43,11 +43,13 @@ pub mod reserve;
 mod rows;
 mod session;
 mod sql;
+mod survey;
 #[cfg(test)]
 mod tests;
 
 pub use layers::{CommitInfo, Layers, NewLayer, Recovered};
 pub use rows::{Layer, LayerKind, by_chain, chain, children, get, list, parents, set_labels};
+pub use survey::{Intended, Intent};
 
 use crate::{Context, Error, ErrorKind, Result};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};

@@ -56,7 +56,7 @@ pub enum LayerKind {
 
 impl LayerKind {
     /// As it follows "the layer is".
-    pub(super) fn phrase(self) -> &'static str {
+    pub fn phrase(self) -> &'static str {
         match self {
             LayerKind::Active => "active",
             LayerKind::View => "a view",

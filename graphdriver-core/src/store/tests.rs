@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     Access, ByteSize, Capabilities, CopyUnit, DiffId, Digest, ErrorKind as K, GraphDriver, LayerId, LayerOptions,
-    Mount, Reclaimed, Usage, WriteStrategy,
+    Mount, Reclaimed, Stored, StoredAs, Usage, WriteStrategy,
 };
 use proptest::prelude::*;
 use std::{
@@ -100,6 +100,14 @@ impl GraphDriver for DirDriver {
             }
         }
         Ok(reclaimed)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        let stored = |id| Stored {
+            place: self.layer(id).display().to_string(),
+            what: StoredAs::Layer { id, committed: self.layer(id).join("frozen").exists() },
+        };
+        Ok(numbers_in(&self.home).into_iter().map(stored).collect())
     }
 }
 

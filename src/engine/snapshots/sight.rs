@@ -1,4 +1,4 @@
-//! Finding what containerd has mounted: it tells nobody, but what it mounted carries our mark.
+//! Finding what containerd has mounted: it tells nobody, but the kernel does.
 
 use super::super::Engine;
 use graphdriver_core::{
@@ -42,15 +42,17 @@ pub(in crate::engine) struct Shown {
     pub foreign: bool,
 }
 
-/// All mounts that carry the mark, in every mount namespace that can be seen, by their layers.
-pub(in crate::engine) fn marked(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
-    let mark = Mark::of(engine);
+/// All mounts that show layers, in every mount namespace that can be seen, by their layers: those that carry the mark,
+/// and those whose device, dataset or subvolume the driver knows.
+pub(in crate::engine) fn shown(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
+    let (mark, driver) = (Mark::of(engine), engine.layers.driver());
     let mut found: HashMap<LayerId, Vec<Shown>> = HashMap::new();
     // A mount is in the copies of a namespace too, with another number but in the same place.
     let mut seen = HashSet::new();
     for (table, foreign) in tables() {
-        for MountInfo { source, mount_point, options, .. } in table {
-            let Some(layer) = mark.layer(&source) else { continue };
+        for entry in table {
+            let Some(layer) = mark.layer(&entry.source).or_else(|| driver.shown_by(&entry)) else { continue };
+            let MountInfo { mount_point, options, .. } = entry;
             if seen.insert((layer, mount_point.clone())) {
                 let writable = options.as_bytes().split(|b| *b == b',').any(|option| option == b"rw");
                 found.entry(layer).or_default().push(Shown { target: mount_point, writable, foreign });

@@ -63,7 +63,7 @@ impl Engine {
         if all.is_empty() {
             return Ok(Vec::new());
         }
-        let shown = sight::marked(self);
+        let shown = sight::shown(self);
         let space = |snapshot: Snapshot| {
             let size = self.layers.usage(snapshot.layer)?.bytes;
             Ok(SnapshotSpace { size, mounted: shown.contains_key(&snapshot.layer), snapshot })
@@ -71,13 +71,14 @@ impl Engine {
         all.into_iter().map(space).collect()
     }
 
-    /// The mounts of snapshots that are seen: of those that bind mounts and devices show, none is.
+    /// The mounts of snapshots that are seen. Where a view is its parent's subvolume, device or dataset, what is mounted
+    /// of it counts for the parent.
     pub(in crate::engine) fn snapshot_mounts(&self) -> Result<Vec<MountSummary>> {
         let all = self.layers.store().read(row::all)?;
         if all.is_empty() {
             return Ok(Vec::new());
         }
-        let mut shown = sight::marked(self);
+        let mut shown = sight::shown(self);
         let mut mounts = Vec::new();
         for snapshot in all {
             for mount in shown.remove(&snapshot.layer).unwrap_or_default() {

@@ -26,8 +26,8 @@ use crate::{
 };
 use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,
-    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Unmet, Usage,
-    WriteStrategy,
+    LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Stored, Unmet,
+    Usage, WriteStrategy,
     overlay_home::{self, Format, Home, Record, Trial, recipe},
 };
 use graphdriver_quota::LayerQuota;
@@ -330,6 +330,12 @@ impl GraphDriver for VfsFuse {
         let freed = self.home.reclaim(known)?;
         self.quota.reclaim(self.home.path(), known)?;
         Ok(freed)
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        let mut found = self.home.inventory()?;
+        self.quota.inventory(self.home.path(), &mut found)?;
+        Ok(found)
     }
 
     /// Without whiteouts as the kernel has them a tar is unpacked on top of the parents.

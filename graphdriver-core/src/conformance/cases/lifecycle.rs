@@ -2,11 +2,11 @@
 
 use super::{Case, Subject, Twin, everyone, privileged};
 use crate::{
-    Access, ByteSize, ErrorKind, FileKind, LayerId, LayerOptions, Result,
+    Access, ByteSize, ErrorKind, FileKind, LayerId, LayerOptions, Result, StoredAs,
     conformance::twin::{same_tree, snapshot},
     model::Op,
 };
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -237,6 +237,20 @@ fn make_again(subject: &mut dyn Subject) -> Result<()> {
     Ok(())
 }
 
+/// The layers in the storage, each with whether it is committed, and how much else of the driver's there is.
+fn stored(subject: &dyn Subject) -> Result<(BTreeMap<LayerId, bool>, usize)> {
+    let (mut layers, mut rest) = (BTreeMap::new(), 0);
+    for stored in subject.driver().inventory()? {
+        match stored.what {
+            StoredAs::Layer { id, committed } => assert_eq!(layers.insert(id, committed), None, "{}", stored.place),
+            StoredAs::Leftover { .. } => rest += 1,
+            StoredAs::Damaged { .. } => panic!("{stored:?}"),
+            StoredAs::Alien => {}
+        }
+    }
+    Ok((layers, rest))
+}
+
 fn reclaim(subject: &mut dyn Subject) -> Result<()> {
     subject.driver().create(A, &[], PLAIN)?;
     write(subject, A, &[], &[Op::write("f", "1")])?;
@@ -245,8 +259,10 @@ fn reclaim(subject: &mut dyn Subject) -> Result<()> {
     write(subject, B, &[A], &[Op::write("g", vec![1; 1 << 20])])?;
     subject.driver().create(C, &[A], PLAIN)?;
     write(subject, C, &[A], &[Op::write("h", "1")])?;
+    assert_eq!(stored(subject)?, (BTreeMap::from([(A, true), (B, false), (C, false)]), 0));
     let freed = subject.driver().reclaim(&|id| id != B)?;
     assert_eq!(freed.layers, 1);
+    assert_eq!(stored(subject)?, (BTreeMap::from([(A, true), (C, false)]), 0));
     assert_eq!(kind(subject.driver().mount(B, &[A], Access::ReadOnly)), ErrorKind::NotFound);
     assert_eq!(names(subject, C, &[A])?, ["", "f", "h"]);
     assert_eq!(subject.driver().reclaim(&|id| id != B)?.layers, 0, "the second time there is nothing left");
@@ -266,8 +282,12 @@ fn leftovers(subject: &mut dyn Subject) -> Result<()> {
     assert_eq!(names(subject, B, &[A])?, [""]);
     // What create made over may have left something that only reclaim finds.
     subject.driver().reclaim(&|_| true)?;
+    let whole = (BTreeMap::from([(A, true), (B, false)]), 0);
+    assert_eq!(stored(subject)?, whole);
     crash(subject, C)?;
+    assert_ne!(stored(subject)?, whole, "the inventory has the leftovers");
     subject.driver().remove(C)?;
+    assert_eq!(stored(subject)?, whole);
     assert_eq!(subject.driver().reclaim(&|id| id != C)?.layers, 0, "remove freed the leftovers");
     crash(subject, C)?;
     assert!(subject.driver().reclaim(&|id| id != C)?.layers > 0, "reclaim finds the leftovers");
