@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times `graphdriver snapshotter` beside containerd's own snapshotters: see benches/README.md.
 
-One containerd has its overlayfs, native and btrfs snapshotters and, as proxies, graphdriver's overlay2, vfs-fuse and btrfs.
-What is compared lies on the same loop device. Each round asks every snapshotter once, in turning order.
+One containerd has its overlayfs, native and btrfs snapshotters and, as proxies, graphdriver's overlay2, vfs-fuse and
+btrfs. What is compared lies on the same loop device. Each round asks every snapshotter once, in turning order.
 """
 
 import argparse
@@ -158,7 +158,8 @@ class Cases:
         # Removed is what has been freed: containerd's collector is part of the work, wherever it runs.
         self.world.calls(name, "cleanup", direct=True) if direct else self.world.collect()
         where = " on our socket" if direct else ""
-        self.add("cycle" + where, f"{clients} at once: one cycle and freeing", name, (time.monotonic() - begun) / done["count"])
+        each = (time.monotonic() - begun) / done["count"]
+        self.add("cycle" + where, f"{clients} at once: one cycle and freeing", name, each)
         for call in ("prepare", "mounts", "remove") if clients == 1 else ():
             self.add("cycle" + where, call, name, statistics.median(done[call]))
 
@@ -237,14 +238,26 @@ class Cases:
 
 
 def table(case, columns):
-    """Milliseconds; and times the built-in one's, in the same round."""
-    lines = [f"### {case}\n", "| what | snapshotter | ms | × built-in |", "| --- | --- | --- | --- |"]
+    """Milliseconds, and for a proxy beneath them the multiple of the built-in one's in the same round."""
+    names = list(dict.fromkeys(name for runs in columns.values() for name in runs))
+    lines = [f"### {case}\n", f"| ms | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for column, runs in columns.items():
-        for name, seconds in runs.items():
-            built_in = runs.get(SNAPSHOTTERS[name][1])
-            ratio = spread([our / theirs for our, theirs in zip(seconds, built_in)], 2) if built_in else ""
-            lines.append(f"| {column} | {name} | {spread([1000 * value for value in seconds], 2)} | {ratio} |")
+        lines.append(f"| {column} | {' | '.join(cell(name, runs) for name in names)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(name, runs):
+    if name not in runs:
+        return ""
+    milliseconds = [1000 * seconds for seconds in runs[name]]
+    text = spread(milliseconds, 2 if max(milliseconds) < 100 else 0)
+    built_in = runs.get(SNAPSHOTTERS[name][1])
+    if not built_in:
+        return text
+    ratios = [our / theirs for our, theirs in zip(runs[name], built_in)]
+    median, least, most = (f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}"
+                           for ratio in (statistics.median(ratios), min(ratios), max(ratios)))
+    return f"{text} **× {median}** ({least}–{most})"
 
 
 def arguments():
@@ -261,7 +274,7 @@ def arguments():
     parser.add_argument("--files", default=200_000, type=int, help="in the measured layer (%(default)s)")
     parser.add_argument("--snapshots", default=10_000, type=int, help="to list (%(default)s)")
     parser.add_argument("--archive", default="oci.tar", help="of scripts/make-image (%(default)s)")
-    parser.add_argument("--disk", default=16, type=int, metavar="GIB", help="each of the two sparse disks (%(default)s)")
+    parser.add_argument("--disk", default=16, type=int, metavar="GIB", help="each of two sparse disks (%(default)s)")
     parser.add_argument("--qgroups", action="store_true", help="with btrfs's quotas turned on")
     parser.add_argument("--quick", action="store_true", help="small figures and 2 rounds, to see that it runs")
     parser.add_argument("--dir", default=cache, type=Path, help="where disks are made (default: %(default)s)")
@@ -291,8 +304,8 @@ def main():
         namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         os.execvp("unshare", ["unshare", *namespaces, sys.executable, *sys.argv])
     given.dir.mkdir(parents=True, exist_ok=True)
+    begun = {"machine": machine(given.dir), "load": os.getloadavg()}
     scratch = Path(tempfile.mkdtemp(prefix="snap-", dir=given.dir.resolve()))
-    load = os.getloadavg()
     try:
         world = World(scratch, given)
         cases = Cases(world, given)
@@ -306,8 +319,9 @@ def main():
         shutil.rmtree(scratch, ignore_errors=True)
     print("\n".join(table(case, columns) for case, columns in cases.samples.items()))
     if given.json:
-        report = {"machine": machine(given.dir), "load": [load, os.getloadavg()], "qgroups": given.qgroups}
-        report["arguments"] = {name: getattr(given, name) for name in ("rounds", "count", "layers", "files", "snapshots", "archive")}
+        report = {**begun, "load_at_the_end": os.getloadavg(), "qgroups": given.qgroups}
+        figures = ("rounds", "count", "layers", "files", "snapshots", "archive")
+        report["arguments"] = {name: getattr(given, name) for name in figures}
         given.json.write_text(json.dumps({**report, "results": cases.samples}, indent=1) + "\n")
 
 
