@@ -2,7 +2,7 @@ use crate::fixtures::scratch;
 use criterion::Criterion;
 use graphdriver_core::{
     Access, Capabilities, CommitInfo, CopyUnit, GraphDriver, LayerId, LayerKind, LayerOptions, Layers, Mount,
-    Reclaimed, Result, Usage, WriteStrategy,
+    Reclaimed, Result, Stored, Usage, WriteStrategy,
 };
 use std::hint::black_box;
 
@@ -44,6 +44,10 @@ impl GraphDriver for Nothing {
 
     fn reclaim(&self, _: &dyn Fn(LayerId) -> bool) -> Result<Reclaimed> {
         Ok(Reclaimed::default())
+    }
+
+    fn inventory(&self) -> Result<Vec<Stored>> {
+        Ok(Vec::new())
     }
 }
 

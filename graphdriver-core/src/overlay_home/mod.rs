@@ -143,9 +143,6 @@ impl Home {
         self.remove_dir(&new)?;
         self.build(&self.path.join(&new), parents.first().copied())?;
         prepare(&self.path.join(&new))?;
-        if options.durable {
-            durable::flush_dirs(&self.path.join(&new), &["diff", "work", ""])?;
-        }
         match fs::renameat_with(CWD, self.path.join(&new), CWD, self.layer(id), RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {
                 self.remove_dir(&new)?;
@@ -153,7 +150,12 @@ impl Home {
             }
             renamed => renamed?,
         }
-        if options.durable { durable::flush_dirs(&self.path, &[""]) } else { Ok(()) }
+        if options.durable {
+            // A journal writes all down for the first of them. Until this returns, nobody relies on any of it.
+            durable::flush_dirs(&self.path, &[""])?;
+            durable::flush_dirs(&self.layer(id), &["", "diff", "work"])?;
+        }
+        Ok(())
     }
 
     /// Makes `new` whole: a layer's directories, its root as `parent`'s.

@@ -109,7 +109,7 @@ impl Layers {
         let session = self.session()?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64);
         let size_limit = options.size;
-        let (id, parents) = self.store.write(|tx| {
+        let (id, parents) = self.store.write_relaxed(|tx| {
             if let Some(parent) = parent {
                 rows::row(tx, parent).and_then(|(parent, _)| may_have_children(&parent))?;
             }
@@ -120,7 +120,13 @@ impl Layers {
         let new = NewLayer { layers: self, id };
         tracing::debug!(layer = %id, ?parents, ?options, "creating");
         if shown_instead(kind, parent).is_none() {
-            self.driver.create(id, &parents, options)?;
+            self.driver.create(id, &parents, options).map_err(|e| match e.kind() {
+                // Dropping the new layer frees it.
+                ErrorKind::AlreadyExists => {
+                    e.with_kind(ErrorKind::Corrupt).hint("a power cut has left it, which is removed now: try again")
+                }
+                _ => e,
+            })?;
         }
         Ok(new)
     }
@@ -303,7 +309,8 @@ impl Layers {
                 ready.extend((*left == 0).then_some(parent));
             }
         }
-        self.store.write(|tx| freed.iter().try_for_each(|id| rows::delete(tx, *id)))?;
+        // Lost in a power cut, the intents to remove them are still there.
+        self.store.write_relaxed(|tx| freed.iter().try_for_each(|id| rows::delete(tx, *id)))?;
         Ok((removals.len() - freed.len()) as u64)
     }
 

@@ -18,7 +18,7 @@
 //!   which a component is newer than the program knows is refused; an older one is brought up when it is opened.
 //! * `layers`: one row per layer, also of those being made and being removed. `kind` is `active`, `view` or
 //!   `committed`; `created` is in nanoseconds since 1970; sizes are in bytes; digests are written `sha256:HEX`.
-//!   Numbers are never used again (`AUTOINCREMENT`).
+//!   Numbers that were durable are never used again (`AUTOINCREMENT`).
 //! * `layer_labels(layer, name, value)`.
 //! * `layer_intents(layer, op, session)`: what is being done to a layer, and by whom. `create`: storage is being made
 //!   or filled, nobody knows the layer yet. `remove`: nobody knows the layer any more, storage is being freed.
@@ -29,8 +29,10 @@
 //!
 //! # Intents and sessions
 //!
-//! An intent is durable before the driver is called, and goes when the driver is done, so whatever a crash leaves has
-//! an intent. A *session* is one [`Layers`] with at least one intent in its life. Before its first one it locks
+//! An intent is in the database before the driver is called, and goes when the driver is done, so whatever a crash of the
+//! process leaves has an intent. Those of `remove` and `commit` survive a power cut as well. One of `create` may not, and
+//! neither may the end of a removal: after a boot, `recover` has the driver free what is in no row before anything is made,
+//! and finishes the removal again. A number that was lost with its row is given out once more after that. A *session* is one [`Layers`] with at least one intent in its life. Before its first one it locks
 //! `run/SESSION.lock` with flock(2), which the kernel releases when the process ends, in whatever way, also in another
 //! pid namespace, and of course at a reboot. [`Layers::recover`] takes over the intents of sessions whose lock nobody
 //! holds: a layer being made or removed is removed, one being frozen is active again ([`thaw`](crate::GraphDriver::thaw)):
@@ -54,9 +56,10 @@ pub use survey::{Intended, Intent};
 use crate::{Context, Error, ErrorKind, Result};
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use std::{
+    collections::HashSet,
     fs::{DirBuilder, File, OpenOptions},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     thread::{self, ThreadId},
     time::Duration,
@@ -74,10 +77,16 @@ pub struct Schema {
 
 /// The database. Several processes may have it open, and threads may share one.
 pub struct Store {
-    conn: Mutex<Connection>,
-    /// The thread that is in a transaction, to refuse it a second one instead of hanging.
-    holder: Mutex<Option<ThreadId>>,
+    path: PathBuf,
+    writer: Mutex<Connection>,
+    /// Those that nobody uses at the moment. With their own connections, readers do not wait for a writer's fsync.
+    readers: Mutex<Vec<Connection>>,
+    /// The threads that are in a transaction, to refuse them a second one instead of hanging.
+    busy: Mutex<HashSet<ThreadId>>,
 }
+
+/// How many connections for reading are kept open; more are opened when they are needed.
+const READERS: usize = 4;
 
 /// A new store would give its layers the numbers of those that are there.
 fn holds_records(dir: &Path) -> bool {
@@ -103,13 +112,21 @@ impl Store {
         opened.doing(|| format!("opening the layer store {}", path.display()))
     }
 
-    /// Calls `f` in a read transaction: everything it reads is from one point in time. What it writes is rolled back.
+    /// Calls `f` in a read transaction: everything it reads is from one point in time, at which all writes were done that
+    /// have returned. It waits for no writer. What it writes is rolled back.
     ///
     /// One thread has one transaction at a time: within `f`, calls that make their own fail with `InvalidInput`.
     pub fn read<T>(&self, f: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
-        let mut held = self.hold()?;
-        let tx = held.conn.transaction_with_behavior(TransactionBehavior::Deferred)?;
-        f(&tx)
+        let _turn = self.turn()?;
+        let idle = unpoisoned(&self.readers).pop();
+        let mut conn = idle.map_or_else(|| connect(&self.path), Ok)?;
+        let value =
+            conn.transaction_with_behavior(TransactionBehavior::Deferred).map_err(Error::from).and_then(|tx| f(&tx));
+        let mut readers = unpoisoned(&self.readers);
+        if readers.len() < READERS {
+            readers.push(conn);
+        }
+        value
     }
 
     /// Calls `f` in a write transaction, which no other writer overlaps, and commits it durably if `f` succeeds. If it
@@ -117,8 +134,21 @@ impl Store {
     ///
     /// One thread has one transaction at a time: within `f`, calls that make their own fail with `InvalidInput`.
     pub fn write<T>(&self, f: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
-        let mut held = self.hold()?;
-        let begun = held.conn.transaction_with_behavior(TransactionBehavior::Immediate);
+        self.write_as("FULL", f)
+    }
+
+    /// [`write`](Self::write) for what need not survive a power cut: a crash of the process it survives, and whatever is
+    /// written durably later is not there without it.
+    fn write_relaxed<T>(&self, f: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        self.write_as("NORMAL", f)
+    }
+
+    fn write_as<T>(&self, synchronous: &str, f: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let _turn = self.turn()?;
+        // A panic in a transaction has rolled it back: the connection is as good as before.
+        let mut conn = unpoisoned(&self.writer);
+        conn.pragma_update(None, "synchronous", synchronous)?;
+        let begun = conn.transaction_with_behavior(TransactionBehavior::Immediate);
         let tx = begun.hint(|| "another graphdriver process is writing to the store; try again when it is done")?;
         let value = f(&tx)?;
         tx.commit().doing(|| "committing to the layer store")?;
@@ -127,32 +157,30 @@ impl Store {
 
     /// A number that changes when another process, or another `Store`, has committed something.
     pub fn data_version(&self) -> Result<i64> {
-        Ok(self.hold()?.conn.query_row("PRAGMA data_version", [], |row| row.get(0))?)
+        let _turn = self.turn()?;
+        Ok(unpoisoned(&self.writer).query_row("PRAGMA data_version", [], |row| row.get(0))?)
     }
 
-    fn hold(&self) -> Result<Held<'_>> {
+    fn turn(&self) -> Result<Turn<'_>> {
         let me = thread::current().id();
-        if *unpoisoned(&self.holder) == Some(me) {
+        if !unpoisoned(&self.busy).insert(me) {
             let reason = "this thread is in a transaction of the layer store already";
             return Err(Error::new(ErrorKind::InvalidInput, reason)
                 .hint("a bug in the caller: use the functions that take the transaction"));
         }
-        // A panic in a transaction has rolled it back: the connection is as good as before.
-        let conn = unpoisoned(&self.conn);
-        *unpoisoned(&self.holder) = Some(me);
-        Ok(Held { conn, holder: &self.holder })
+        Ok(Turn { busy: &self.busy, me })
     }
 }
 
-/// The connection while one thread uses it.
-struct Held<'a> {
-    conn: MutexGuard<'a, Connection>,
-    holder: &'a Mutex<Option<ThreadId>>,
+/// A thread's one transaction.
+struct Turn<'a> {
+    busy: &'a Mutex<HashSet<ThreadId>>,
+    me: ThreadId,
 }
 
-impl Drop for Held<'_> {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        *unpoisoned(self.holder) = None;
+        unpoisoned(self.busy).remove(&self.me);
     }
 }
 
@@ -174,7 +202,8 @@ fn open_database(dir: &Path, path: &Path, schema: &[Schema]) -> Result<Store> {
     }
     let mut conn = connect(path).map_err(|e| if e.kind() == ErrorKind::Io { e.hint(LOCAL) } else { e })?;
     migrate(&mut conn, schema)?;
-    Ok(Store { conn: Mutex::new(conn), holder: Mutex::new(None) })
+    let (writer, path) = (Mutex::new(conn), path.to_owned());
+    Ok(Store { path, writer, readers: Mutex::default(), busy: Mutex::default() })
 }
 
 const LOCAL: &str = "the store needs file locks and shared memory: put the data root on a local filesystem";

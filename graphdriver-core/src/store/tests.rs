@@ -55,7 +55,8 @@ impl GraphDriver for DirDriver {
 
     fn create(&self, id: LayerId, _: &[LayerId], _: &LayerOptions) -> Result<()> {
         (self.hook)("create")?;
-        fs::create_dir_all(self.layer(id))?;
+        fs::create_dir_all(&self.home)?;
+        fs::create_dir(self.layer(id))?;
         fs::write(self.layer(id).join("file"), "content")?;
         (self.hook)("created")
     }
@@ -731,6 +732,55 @@ fn data_version_tells_of_what_others_committed() {
     assert_eq!(mine.store().data_version().unwrap(), before);
     make(&other, "a", None, false);
     assert_ne!(mine.store().data_version().unwrap(), before);
+}
+
+#[test]
+fn a_reader_waits_for_no_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = open(dir.path());
+    let id = make(&layers, "old", None, true);
+    let (sent, seen) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let reader = || sent.send(names(&layers)).unwrap();
+        let during = layers.store().write(|tx| {
+            set_labels(tx, id, &labelled("new"))?;
+            scope.spawn(reader);
+            Ok(seen.recv_timeout(Duration::from_secs(10)))
+        });
+        assert_eq!(during.unwrap(), Ok(vec!["old".to_owned()]));
+    });
+    assert_eq!(names(&layers), ["new"], "what was committed is seen at once");
+}
+
+/// The intent of a creation is not flushed, as what a power cut leaves without it is freed before anything is made.
+#[test]
+fn a_number_lost_in_a_power_cut_is_given_out_again() {
+    number_lost(true);
+    number_lost(false);
+}
+
+fn number_lost(can_reclaim: bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let (db, kept) = (dir.path().join("store.db"), dir.path().join("kept.db"));
+    make(&open(dir.path()), "a", None, true);
+    fs::copy(&db, &kept).unwrap();
+    let lost = make(&open(dir.path()), "lost", None, false);
+    // All of its storage is there, and nothing that the database was told of it.
+    fs::rename(&kept, &db).unwrap();
+    fs::write(dir.path().join("boot"), "another").unwrap();
+    if can_reclaim {
+        let layers = open(dir.path());
+        assert_clean(&layers);
+        assert_eq!(names(&layers), ["a"]);
+        assert_eq!(make(&layers, "b", None, false), lost);
+        return assert_clean(&layers);
+    }
+    // What is in the way then is seen, and gone the next time.
+    let layers = hooked(dir.path(), failing("reclaim", K::Io));
+    let refused = layers.create(LayerKind::Active, None, &LayerOptions::default());
+    assert_eq!(kind_of(refused.map(drop)), K::Corrupt);
+    make(&layers, "b", None, false);
+    assert_clean(&layers);
 }
 
 #[test]
