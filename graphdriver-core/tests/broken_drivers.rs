@@ -90,10 +90,7 @@ const MUST_NOTICE: &[(Fault, &[&str])] = &[
     (Fault::ForgetsOnReopen, &["layers_are_there_after_opening_again", "a_child_equals_its_base"]),
     (Fault::AcceptsUnknownParents, &["an_unknown_parent_is_refused_and_nothing_is_left"]),
     (Fault::ReadOnlyIsWritable, &["a_read_only_mount_gives_erofs"]),
-    (
-        Fault::UnpacksWithoutAttributes,
-        &["extended_attributes_hold", "file_capabilities_hold_and_go_with_a_write", "posix_acls_hold"],
-    ),
+    (Fault::UnpacksWithoutAttributes, &["extended_attributes_hold", "file_capabilities_hold", "posix_acls_hold"]),
     (Fault::UnpacksWholeSeconds, &["times_hold_to_the_nanosecond_before_1970_and_after_2038"]),
     (Fault::UnpacksLinksAsCopies, &["hard_links_within_a_layer_hold", "files_with_hard_links_are_moved"]),
     (Fault::FillsHoles, &["sparse_files_stay_sparse"]),

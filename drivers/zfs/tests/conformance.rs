@@ -42,6 +42,11 @@ impl Subject for On {
         Ok(())
     }
 
+    /// As `driver.rs` sees it do on a plain dataset.
+    fn keeps_capabilities(&self) -> Option<&'static str> {
+        Some("ZFS leaves a file its capabilities when it is written to")
+    }
+
     /// A layer half made, and one half removed.
     fn crash(&self) -> Option<Box<dyn Fn(LayerId) -> Result<()> + '_>> {
         Some(Box::new(|id| {

@@ -15,7 +15,11 @@ use graphdriver_quota::{
     refquota::{RefQuota, list, zfs},
 };
 use graphdriver_zfs::{FACTORY, Zfs};
-use rustix::{fs::StatVfsMountFlags, io::Errno, mount::MountFlags};
+use rustix::{
+    fs::{StatVfsMountFlags, XattrFlags},
+    io::Errno,
+    mount::MountFlags,
+};
 use std::{
     fs,
     io::Write,
@@ -100,6 +104,23 @@ impl Rig {
         let out = zfs(&["list", "-H", "-r", "-t", "all", "-o", "name", root]).unwrap();
         out.lines().filter_map(|name| name.strip_prefix(&format!("{root}/")).map(str::to_owned)).collect()
     }
+}
+
+/// Of a file that is in no layer below: what the suite leaves out is ZFS's own doing.
+#[test]
+fn the_filesystem_itself_leaves_a_written_file_its_capabilities() {
+    in_guest!("the_filesystem_itself_leaves_a_written_file_its_capabilities");
+    let rig = Rig::new();
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    let view = rig.view(BASE, Access::ReadWrite);
+    view.write("f", b"1");
+    let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rustix::fs::setxattr(view.path("f"), "security.capability", &capability, XattrFlags::empty()).unwrap();
+    // To truncate it is another matter.
+    fs::File::options().append(true).open(view.path("f")).unwrap().write_all(b"2").unwrap();
+    let mut found = [0; 20];
+    assert_eq!(rustix::fs::getxattr(view.path("f"), "security.capability", &mut found), Ok(20));
+    assert_eq!(found, capability);
 }
 
 #[test]

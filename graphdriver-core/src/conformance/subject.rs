@@ -35,6 +35,11 @@ pub trait Subject {
         true
     }
 
+    /// Why a file that is written to keeps its `security.capability` here, where the filesystem below does that by itself.
+    fn keeps_capabilities(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The smallest size limit a layer can have.
     fn least_size(&self) -> u64 {
         0
