@@ -3,7 +3,6 @@ mod crash;
 mod filesystems;
 mod header;
 mod layer;
-mod measure;
 mod model;
 mod privileges;
 
