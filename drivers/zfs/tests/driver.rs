@@ -25,6 +25,8 @@ use std::{
     io::Write,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
 };
 
 const PLAIN: &LayerOptions = &LayerOptions { size: None, inodes: None, durable: true };
@@ -121,6 +123,30 @@ fn the_filesystem_itself_leaves_a_written_file_its_capabilities() {
     let mut found = [0; 20];
     assert_eq!(rustix::fs::getxattr(view.path("f"), "security.capability", &mut found), Ok(20));
     assert_eq!(found, capability);
+}
+
+/// `zfs userspace` owns a dataset that is not mounted while it reads it; ZFS's own creations do so too.
+#[test]
+fn a_dataset_that_is_owned_for_a_moment_is_mounted() {
+    in_guest!("a_dataset_that_is_owned_for_a_moment_is_mounted");
+    let rig = Rig::new();
+    rig.driver.create(BASE, &[], PLAIN).unwrap();
+    let dataset = format!("{}/{BASE}", rig.driver.dataset());
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // Fails, too, where it meets a mount.
+                    let _ = zfs(&["userspace", "-H", &dataset]);
+                }
+            });
+        }
+        let recipe = rig.driver.mount(BASE, &[], Access::ReadWrite).unwrap();
+        let failed = (0..100).find_map(|_| mount::detached(&recipe).err());
+        done.store(true, Ordering::Relaxed);
+        assert!(failed.is_none(), "{}", failed.unwrap());
+    });
 }
 
 #[test]

@@ -19,6 +19,8 @@ use rustix::{
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 /// Carries out a recipe without showing it anywhere: the descriptor is the root of a detached mount, which is gone when
@@ -112,7 +114,23 @@ fn bind(step: &Mount) -> Result<OwnedFd> {
     Ok(mount)
 }
 
+/// How long a filesystem is waited for that something else holds for a moment. Every `zfs create`, `clone` and `userspace`
+/// owns the datasets it looks at while it does (OpenZFS `dmu_objset_own`, of which one may be at a time), so a container's
+/// mount can meet another's creation.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 fn generic(step: &Mount) -> Result<OwnedFd> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match configured(step) {
+            Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => thread::sleep(Duration::from_millis(10)),
+            done => return done,
+        }
+    }
+}
+
+/// A context whose creation failed cannot be used again, so each try has its own.
+fn configured(step: &Mount) -> Result<OwnedFd> {
     let (attrs, rest) = split_attributes(&step.options);
     let context = FsContext::open(&step.fstype)?;
     context.set("source", step.source.as_os_str().as_encoded_bytes())?;
