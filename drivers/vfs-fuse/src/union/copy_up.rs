@@ -1,37 +1,36 @@
 //! Copy-up: how a file of a lower layer gets into the upper one at its first change.
 
+mod fill;
+mod place;
+
+pub(super) use fill::Cost;
+
 use super::{
     Union,
     attr::{chmod, chown, utimens},
-    bytes::{copy_extents, copy_range},
     data::{Data, Inner, open_lower},
     dirs::{join, kind_of},
     layer,
-    links::{INODE, Name},
     marks::{self, Object, names},
-    node::{Node, Place, Source, UPPER},
+    node::{Node, Source, UPPER},
     overrides::{self, Owner},
     work::{Upper, Work},
 };
 use crate::{
     config::{Completion, CopyUp},
-    extent::{self, ExtentFile, Header, LowerIdentity, Unit},
+    extent::{self, Header, Unit},
 };
 use parking_lot::{Condvar, Mutex};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{AtFlags, FileType, Mode, OFlags, Statx, Timespec, XattrFlags},
+    fs::{FileType, Mode, OFlags, Statx, Timespec, XattrFlags},
     io::{Errno, Result},
 };
 use std::{
     collections::HashSet,
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     os::unix::ffi::OsStrExt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
+    sync::{Arc, atomic::Ordering},
 };
 
 /// What the copy is for.
@@ -69,39 +68,6 @@ impl Drop for Turn<'_> {
         self.0.given.notify_all();
     }
 }
-
-/// What copying whole files has cost on this machine lately, for `copy_up=auto`.
-pub(super) struct Cost {
-    nanoseconds_per_mebibyte: AtomicU64,
-    nanoseconds_to_sync: AtomicU64,
-}
-
-impl Cost {
-    /// Until something was measured: a disk of 400 MB/s that syncs in a millisecond.
-    pub fn new() -> Cost {
-        Cost { nanoseconds_per_mebibyte: AtomicU64::new(2_500_000), nanoseconds_to_sync: AtomicU64::new(1_000_000) }
-    }
-
-    /// What copying so many bytes is going to cost.
-    fn of(&self, bytes: u64) -> u64 {
-        let per = self.nanoseconds_per_mebibyte.load(Ordering::Relaxed);
-        ((u128::from(bytes) * u128::from(per)) >> 20) as u64 + self.nanoseconds_to_sync.load(Ordering::Relaxed)
-    }
-
-    fn learn(&self, bytes: u64, copied: u64, synced: u64) {
-        let mix = |old: &AtomicU64, new: u64| {
-            old.store((old.load(Ordering::Relaxed) * 7 + new) / 8, Ordering::Relaxed);
-        };
-        if bytes >= 64 << 10 {
-            mix(&self.nanoseconds_per_mebibyte, ((u128::from(copied) << 20) / u128::from(bytes)) as u64);
-        }
-        mix(&self.nanoseconds_to_sync, synced);
-    }
-}
-
-/// A write may cost as much more than an extent file's does as this before the file is made one: it is read in one
-/// piece ever after.
-const WORTH_A_WHOLE_FILE: u64 = 2_000_000;
 
 /// The lower file.
 struct Lower {
@@ -407,314 +373,6 @@ impl Union {
             ino.or_else(|e| if e == Errno::PERM || e == Errno::OPNOTSUPP { Ok(()) } else { Err(e) })?;
         }
         Ok(header)
-    }
-
-    /// Gives the new file its data, by the cheapest way that is allowed.
-    fn fill(&self, upper: &Upper, file: &OwnedFd, lower: &Lower, change: Change) -> Result<Option<Header>> {
-        let size = lower.stat.stx_size;
-        let keep = if let Change::Data { keep } = change { keep.min(size) } else { size };
-        if keep == 0 {
-            return Ok(None);
-        }
-        if let Some(data) = &lower.data {
-            return self.copy_composed(file, data, keep).map(|()| None);
-        }
-        if self.reflink(file, lower, size, keep)? {
-            return Ok(None);
-        }
-        if self.prefers_extents(change, keep)
-            && self.can_extent()
-            && let Some(header) = self.prepare_extents(upper, file, lower)?
-        {
-            return Ok(Some(header));
-        }
-        let started = Instant::now();
-        copy_range(&lower.fd, file, keep)?;
-        let copied = started.elapsed();
-        if !self.config.volatile {
-            // The name must never be on disk without the data (the kernel's overlay syncs here too).
-            rustix::fs::fdatasync(file)?;
-            self.cost.learn(keep, copied.as_nanos() as u64, (started.elapsed() - copied).as_nanos() as u64);
-        }
-        Ok(None)
-    }
-
-    fn prefers_extents(&self, change: Change, keep: u64) -> bool {
-        self.config.copy_up == CopyUp::Extent || change == Change::Metadata || self.cost.of(keep) > WORTH_A_WHOLE_FILE
-    }
-
-    fn prepare_extents(&self, upper: &Upper, file: &OwnedFd, lower: &Lower) -> Result<Option<Header>> {
-        let (Some(path), Some(_)) = (&lower.path, upper.unit()?) else { return Ok(None) };
-        let header = Header {
-            layer_from_bottom: self.lowers.len() as u16 - lower.layer,
-            path: path.clone(),
-            lower: LowerIdentity {
-                size: lower.stat.stx_size,
-                mtime: (lower.stat.stx_mtime.tv_sec, lower.stat.stx_mtime.tv_nsec),
-                ino: lower.stat.stx_ino,
-            },
-            limit: lower.stat.stx_size,
-            upper: extent::UpperIdentity::of(file.as_fd())?,
-        };
-        upper.note_incomplete()?;
-        match extent::prepare(file.as_fd(), self.marks.prefix, &header) {
-            Ok(()) => Ok(Some(header)),
-            // The path does not fit into an xattr.
-            Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE | Errno::OPNOTSUPP) => {
-                extent::unprepare(file.as_fd(), self.marks.prefix)?;
-                rustix::fs::ftruncate(file, 0)?;
-                Ok(None)
-            }
-            Err(e) => Err(e),
-        }
-    }
-
-    /// `false`: the two files cannot share data.
-    fn reflink(&self, file: &OwnedFd, lower: &Lower, size: u64, keep: u64) -> Result<bool> {
-        let device = layer::device(&lower.stat);
-        let wanted = matches!(self.config.copy_up, CopyUp::Auto | CopyUp::Reflink);
-        if !wanted || self.no_reflink.lock().contains(&device) {
-            return Ok(false);
-        }
-        match rustix::fs::ioctl_ficlone(file, &lower.fd) {
-            Ok(()) => {}
-            Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) => {
-                self.no_reflink.lock().insert(device);
-                return Ok(false);
-            }
-            // A file that is not shared for reasons of its own (a swap file, another allocation unit).
-            Err(Errno::INVAL | Errno::TXTBSY | Errno::PERM) => return Ok(false),
-            Err(e) => return Err(e),
-        }
-        if keep < size {
-            rustix::fs::ftruncate(file, keep)?;
-        }
-        // Not synced, as the kernel's overlay does not either: a btrfs log for each would be 100 KiB for a chmod. Filesystems
-        // that clone write it to their journal before the name, and btrfs, which can sync a directory by itself, commits all
-        // when a name in it came from another directory (tests/durable.rs).
-        Ok(true)
-    }
-
-    fn copy_composed(&self, file: &OwnedFd, data: &Inner, keep: u64) -> Result<()> {
-        match data {
-            Inner::Lower(fd) | Inner::Upper(fd) => copy_range(fd, file, keep)?,
-            Inner::Extent(extents) => copy_extents(extents, file, keep)?,
-        }
-        if self.config.volatile { Ok(()) } else { rustix::fs::fdatasync(file) }
-    }
-
-    /// An upper file that the kernel's overlay left without data gets it.
-    fn fill_metacopy(&self, node: &Arc<Node>) -> Result<()> {
-        let mut place = node.place.lock();
-        let Inner::Lower(lower) = self.open_data(&place, false)? else { return Ok(()) };
-        drop(place);
-        self.with(node, |object, _| {
-            let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = rustix::fs::openat(object.dir, object.name, flags, Mode::empty())?;
-            let times = Times::of(file.as_fd())?;
-            copy_range(&lower, &file, u64::MAX)?;
-            rustix::fs::fdatasync(&file)?;
-            times.restore(file.as_fd())?;
-            for mark in ["metacopy", "redirect"] {
-                match object.remove(&self.marks.name(mark)) {
-                    Ok(()) | Err(Errno::NODATA) => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            Ok(())
-        })?;
-        place = node.place.lock();
-        place.composed = false;
-        if let Some(data) = place.more.as_ref().and_then(|m| m.data.upgrade()) {
-            data.replace(self.open_data(&place, true)?);
-        }
-        Ok(())
-    }
-
-    /// The copy of a file that has lost its last name stays nameless.
-    fn place_nameless(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-    ) -> Result<()> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&upper.work.dir, temporary, flags, Mode::empty())?;
-        let mut place = node.place.lock();
-        let inner = self.opened(&place, upper.work.dir.as_fd(), temporary, header.as_ref(), lower)?;
-        rustix::fs::unlinkat(&upper.work.dir, temporary, AtFlags::empty())?;
-        place.more().nameless = Some(Arc::new(fd));
-        self.arrived(&mut place, header.is_some(), inner);
-        Ok(())
-    }
-
-    fn place_one(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-    ) -> Result<()> {
-        let parent = node.place.lock().parent.clone();
-        let Some(parent) = parent else { return self.place_nameless(upper, node, temporary, header, lower) };
-        let mut names = parent.dir()?.names.write();
-        let fds = self.fds(&parent)?;
-        let mut place = node.place.lock();
-        if !place.parent.as_ref().is_some_and(|p| Arc::ptr_eq(p, &parent)) {
-            drop((place, names));
-            return self.place_nameless(upper, node, temporary, header, lower);
-        }
-        let dir = fds.upper()?;
-        self.mark_impure(upper, &parent, dir)?;
-        let kept = Times::of(dir)?;
-        upper.work.place(temporary, dir, &place.name)?;
-        kept.restore(dir)?;
-        if let Some(entry) = names.listing.as_mut().and_then(|l| l.get_mut(&self.hasher, &place.name)) {
-            entry.layer = UPPER;
-        }
-        let name = place.name.clone();
-        let inner = self.opened(&place, dir, &name, header.as_ref(), lower)?;
-        self.arrived(&mut place, header.is_some(), inner);
-        Ok(())
-    }
-
-    fn place_all(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-        all: &[Name],
-    ) -> Result<()> {
-        for (parent, _) in all {
-            self.dir_up(parent)?;
-        }
-        let group: OsString = self.note_group(&upper.work, temporary, all)?;
-        let placed = self.place_group(upper, node, &group, header, lower, all);
-        match placed {
-            // What is left of the group gives the other names the file at the next mount; until then the node does.
-            Ok(false) => Ok(()),
-            Ok(true) => upper.work.destroy(&group),
-            Err(e) => upper.work.destroy(&group).and(Err(e)),
-        }
-    }
-
-    /// `false`: another thread has removed or replaced the name meanwhile.
-    fn place_in_group(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        group: BorrowedFd<'_>,
-        parent: &Arc<Node>,
-        name: &OsStr,
-    ) -> Result<bool> {
-        let mut names = parent.dir()?.names.write();
-        let fds = self.fds(parent)?;
-        let found = match names.removed {
-            true => None,
-            false => self.find(parent, &fds, &names, name)?,
-        };
-        if !found.is_some_and(|f| f.layer != UPPER && f.ino == node.ino) {
-            return Ok(false);
-        }
-        let dir = fds.upper()?;
-        self.mark_impure(upper, parent, dir)?;
-        let kept = Times::of(dir)?;
-        rustix::fs::linkat(group, INODE, dir, name, AtFlags::empty())?;
-        if let Some(entry) = names.listing.as_mut().and_then(|l| l.get_mut(&self.hasher, name)) {
-            entry.layer = UPPER;
-        }
-        let mut place = node.place.lock();
-        if !place.knows(parent, name) {
-            place.add_name(parent.clone(), name.into());
-        }
-        drop(place);
-        kept.restore(dir)?;
-        Ok(true)
-    }
-
-    /// `true`: all names are placed.
-    fn place_group(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        group: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-        all: &[Name],
-    ) -> Result<bool> {
-        let from = layer::open_dir(upper.work.dir.as_fd(), group)?;
-        let (mut placed, mut failed) = (0, None);
-        node.place.lock().more().placing = true;
-        for (parent, name) in all {
-            match self.place_in_group(upper, node, from.as_fd(), parent, name) {
-                Ok(there) => placed += usize::from(there),
-                Err(e) => failed = Some(e),
-            }
-        }
-        let mut place = node.place.lock();
-        place.more().placing = placed > 0 && failed.is_some();
-        if let (0, Some(e)) = (placed, failed) {
-            return Err(e);
-        }
-        let inner = self.opened(&place, from.as_fd(), OsStr::new(INODE), header.as_ref(), lower)?;
-        // The name it is reached by may be one of those that failed.
-        if place.parent.is_none() || failed.is_some() {
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            place.more().nameless = Some(Arc::new(rustix::fs::openat(&from, INODE, flags, Mode::empty())?));
-        }
-        self.arrived(&mut place, header.is_some(), inner);
-        Ok(failed.is_none())
-    }
-
-    /// The new data, if somebody has the file open.
-    fn opened(
-        &self,
-        place: &Place,
-        dir: BorrowedFd<'_>,
-        name: &OsStr,
-        header: Option<&Header>,
-        lower: Lower,
-    ) -> Result<Option<Inner>> {
-        let is_open = place.more.as_ref().is_some_and(|more| more.data.strong_count() > 0);
-        if !is_open || kind_of(&lower.stat) != libc::S_IFREG {
-            return Ok(None);
-        }
-        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(dir, name, flags, Mode::empty())?;
-        let unit = self.unit()?;
-        Ok(Some(match header {
-            None => Inner::Upper(Arc::new(file)),
-            Some(header) => {
-                let prefix = self.marks.prefix;
-                Inner::Extent(Arc::new(ExtentFile::open(file, lower.fd, header.clone(), prefix, unit, true)?))
-            }
-        }))
-    }
-
-    /// Tells the node, and who has it open, where the file is now.
-    fn arrived(&self, place: &mut Place, composed: bool, inner: Option<Inner>) {
-        place.layer = UPPER;
-        place.composed = composed;
-        let data = place.more.as_ref().and_then(|more| more.data.upgrade());
-        if let (Some(data), Some(inner)) = (data, inner) {
-            data.replace(inner);
-        }
-    }
-
-    /// Marks an upper directory as one in which files may remember another inode number, as the kernel's overlay does.
-    pub(super) fn mark_impure(&self, upper: &Upper, dir: &Arc<Node>, fd: BorrowedFd<'_>) -> Result<()> {
-        let known = &dir.dir()?.impure;
-        if upper.xattrs && !known.load(Ordering::Relaxed) {
-            let object = Object { dir: fd, name: OsStr::new("") };
-            object.set(&self.marks.name("impure"), b"y", XattrFlags::empty())?;
-        }
-        known.store(true, Ordering::Relaxed);
-        Ok(())
     }
 }
 
