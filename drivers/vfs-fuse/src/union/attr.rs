@@ -11,7 +11,11 @@ use rustix::{
     fs::{AtFlags, CWD, Gid, Mode, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags},
     io::{Errno, Result},
 };
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, sync::Arc};
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    sync::{Arc, atomic::Ordering},
+};
 
 const ACL_ACCESS: &str = "system.posix_acl_access";
 const ACL_DEFAULT: &str = "system.posix_acl_default";
@@ -74,8 +78,11 @@ impl Union {
 
     /// The links of a file, as far as they show: of a lower file's names some may be hidden by now.
     pub(super) fn links_of(&self, node: &Node, layer: u16, stat: &Statx) -> u32 {
-        if layer == UPPER || stat.stx_nlink < 2 || node.dir.is_some() {
+        if layer == UPPER || node.dir.is_some() {
             return stat.stx_nlink;
+        }
+        if node.dead.load(Ordering::Relaxed) {
+            return 0;
         }
         stat.stx_nlink.saturating_sub(self.gone.lock().get(&node.ino).copied().unwrap_or(0))
     }

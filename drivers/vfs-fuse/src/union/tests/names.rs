@@ -26,6 +26,22 @@ fn all_names_of_a_lower_file_stay_one_file() {
     assert_eq!(union.at("x/one").unwrap().attr.nlink, 2);
 }
 
+/// What is open of it still shows its attributes.
+#[test]
+fn a_removed_lower_file_has_no_name_left() {
+    let layers = Layers::new(1);
+    for name in ["f", "g"] {
+        layers.write(&format!("l1/{name}"), b"old content");
+    }
+    let union = layers.open();
+    let [removed, replaced] = ["f", "g"].map(|name| union.at(name).unwrap().id);
+    union.remove_path("f", false).unwrap();
+    assert_eq!(union.getattr(removed).unwrap().nlink, 0);
+    layers.write("u/new", b"new");
+    union.rename_path("new", "g", 0).unwrap();
+    assert_eq!(union.getattr(replaced).unwrap().nlink, 0);
+}
+
 /// Killed after the names were noted and before the second one was there: its directory is not marked impure yet.
 #[test]
 fn names_given_after_a_kill_show_the_data() {
