@@ -96,6 +96,9 @@ pub fn run(options: &Options, progress: &dyn Progress, cancel: &Cancel) -> Resul
         bench.measure(&workloads, &mut results)?;
     }
     progress.finish("subjects");
+    if let Some(disturbance) = results.disturbance() {
+        tracing::warn!("{disturbance}");
+    }
     Ok(results)
 }
 

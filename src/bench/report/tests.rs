@@ -25,11 +25,13 @@ fn sample(written: u64, device_written: u64) -> Sample {
         device_read: device_written / 2,
         first: latency(20.0 + device_written as f64 / 1500.0),
         later: latency(4.0),
-        space: device_written,
-        space_on_device: device_written.saturating_add(4096),
+        space: Some(device_written),
+        space_on_device: Some(device_written.saturating_add(4096)),
         diff: Some(written),
-        cpu_us: 1200,
+        cpu_us: 120_000,
         wall_us: 3400,
+        busy_before: 0.02,
+        load_before: 0.5,
     }
 }
 

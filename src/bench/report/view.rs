@@ -128,11 +128,11 @@ pub(super) fn device_read(m: &Measurement) -> Option<Spread> {
 }
 
 pub(super) fn space(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.space as f64)
+    Spread::of(m.samples.iter().filter_map(|sample| sample.space).map(|bytes| bytes as f64))
 }
 
 pub(super) fn space_on_device(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.space_on_device as f64)
+    Spread::of(m.samples.iter().filter_map(|sample| sample.space_on_device).map(|bytes| bytes as f64))
 }
 
 pub(super) fn diff(m: &Measurement) -> Option<Spread> {
@@ -140,7 +140,7 @@ pub(super) fn diff(m: &Measurement) -> Option<Spread> {
 }
 
 pub(super) fn cpu(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.cpu_us as f64)
+    Spread::of(m.samples.iter().filter_map(Sample::cpu))
 }
 
 pub(super) fn wall(m: &Measurement) -> Option<Spread> {
