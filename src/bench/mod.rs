@@ -96,9 +96,6 @@ pub fn run(options: &Options, progress: &dyn Progress, cancel: &Cancel) -> Resul
         bench.measure(&workloads, &mut results)?;
     }
     progress.finish("subjects");
-    if let Some(disturbance) = results.disturbance() {
-        tracing::warn!("{disturbance}");
-    }
     Ok(results)
 }
 

@@ -105,6 +105,9 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         let workload = one.workload.as_deref().map(|name| format!(", {name}")).unwrap_or_default();
         output::line(format_args!("not measured: {}{workload}: {}", one.subject, one.reason))?;
     }
+    if let Some(disturbance) = results.disturbance() {
+        output::line(format_args!("note: {disturbance}"))?;
+    }
     Ok(())
 }
 
