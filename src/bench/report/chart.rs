@@ -278,3 +278,14 @@ pub(super) fn short(value: f64) -> String {
         v => of(v, ""),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn along_an_axis_names_are_brief() {
+        let all = ["64 KiB", "1% of 64 MiB", "10 containers (64 MiB)"].map(brief);
+        assert_eq!(all, ["64 KiB", "1%", "10 containers"]);
+    }
+}

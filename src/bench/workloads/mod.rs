@@ -213,6 +213,21 @@ mod tests {
     }
 
     #[test]
+    fn cases_whose_files_depend_on_the_size_have_it_in_their_names() {
+        let labels = |large| {
+            let cases = ALL.iter().flat_map(|workload| (workload.cases)(&Sizes { large }));
+            cases.map(|case| case.label).collect::<Vec<_>>()
+        };
+        let (small, large) = (labels(1 << 20), labels(1 << 30));
+        for label in ["1% of 1 MiB", "1 container (1 MiB)", "10 layers (1 MiB)", "200 updates of 1024 rows"] {
+            assert!(small.iter().any(|known| known == label), "{label}: {small:?}");
+        }
+        for label in ["100% of 64 MiB", "10 containers (64 MiB)", "64 MiB", "200 updates of 16384 rows"] {
+            assert!(large.iter().any(|known| known == label), "{label}: {large:?}");
+        }
+    }
+
+    #[test]
     fn the_same_data_come_every_time() {
         let dir = tempfile::tempdir().unwrap();
         let write =
