@@ -15,8 +15,8 @@ pub struct Difference {
     pub case: String,
     /// Bytes that reached the device for each byte written; None where none were.
     pub amplification: Option<(f64, f64)>,
-    /// Bytes that the layers hold afterwards.
-    pub space: (f64, f64),
+    /// Bytes that the layers hold afterwards; None of plain directories.
+    pub space: Option<(f64, f64)>,
     /// Microseconds of the first operation on a file.
     pub first: Option<(f64, f64)>,
     /// Whether the amplification grew past the threshold, and not only within what repetitions differ by.
@@ -78,7 +78,7 @@ fn difference(old: &Measurement, new: &Measurement, threshold: f64) -> Differenc
         workload: new.workload.clone(),
         case: new.case.clone(),
         amplification: amplifications.map(|(old, new)| (old.median, new.median)),
-        space: both(|sample| Some(sample.space as f64)).unwrap_or_default(),
+        space: both(|sample| sample.space.map(|bytes| bytes as f64)),
         first: both(|sample| sample.first.map(|first| first.median)),
         worse: amplifications.is_some_and(|(old, new)| grew(old, new, threshold)),
     }

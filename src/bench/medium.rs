@@ -2,11 +2,11 @@
 
 use super::device::Device;
 use graphdriver_core::{Context, Error, ErrorKind, Mount, Result, mount};
-use rustix::fs::{fstatvfs, syncfs};
+use rustix::fs::{fstatfs, fstatvfs, syncfs};
 use std::{
     fmt,
     fs::{self, File},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -232,12 +232,30 @@ pub(super) fn recipe(fstype: &str, source: &Path, options: &[&str]) -> Mount {
     Mount { fstype: fstype.into(), source: source.into(), options }
 }
 
+/// Has a filesystem write everything to where it belongs. Others than xfs have done that when they are synced; xfs has then
+/// written its log, and the metadata follows within half a minute, unless it is frozen. A process of its own thaws it, for
+/// nobody else could after this one was killed.
+pub(super) fn settle(dir: &File) -> Result<()> {
+    const XFS: u64 = 0x5846_5342;
+    if fstatfs(dir).doing(|| "looking at a filesystem")?.f_type as u64 != XFS {
+        return Ok(());
+    }
+    let script = "trap '' HUP INT TERM; fsfreeze -f /proc/self/fd/0 && fsfreeze -u /proc/self/fd/0";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).process_group(0);
+    run_with(&mut command, dir.try_clone()?.into(), "util-linux").doing(|| "freezing xfs, to have its metadata written")
+}
+
 /// Runs a program of `package` to its end; what it says on standard error is the reason if it fails.
 fn run(command: &mut Command, package: &str) -> Result<()> {
+    run_with(command, Stdio::null(), package)
+}
+
+fn run_with(command: &mut Command, stdin: Stdio, package: &str) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     // Where Debian has it, and not everybody's PATH leads.
     let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").stdin(Stdio::null());
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").stdin(stdin);
     let out = command.output().map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => Error::new(ErrorKind::Unsupported, format!("{program} is not installed"))
             .hint(format!("apt-get install {package}")),

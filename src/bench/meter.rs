@@ -8,6 +8,7 @@ use super::{
 use crate::progress::Cancel;
 use graphdriver_core::{Context, Error, ErrorKind, Result};
 use nix::unistd::{SysconfVar, sysconf};
+use rustix::system::sysinfo;
 use std::{
     io,
     time::{Duration, Instant},
@@ -21,26 +22,25 @@ pub(super) struct Meter<'a> {
     later: Vec<Duration>,
     stand: &'a Stand,
     cancel: &'a Cancel,
-    used: u64,
-    begun: Counted,
-    counted: Option<Counted>,
-}
-
-/// The state of what is counted, at one moment.
-struct Counted {
+    others: Others,
     traffic: Traffic,
     cpu: Duration,
     time: Instant,
-    /// The space of the layers, and of the filesystem; 0 at the beginning.
-    space: (u64, u64),
+}
+
+/// What the machine does besides.
+struct Others {
+    busy: f64,
+    load: f64,
 }
 
 impl<'a> Meter<'a> {
-    /// `used` is what the filesystem held before the containers were made.
-    pub fn begin(stand: &'a Stand, used: u64, cancel: &'a Cancel) -> Result<Meter<'a>> {
+    pub fn begin(stand: &'a Stand, cancel: &'a Cancel) -> Result<Meter<'a>> {
         stand.sync()?;
-        let begun = Counted { traffic: stand.traffic()?, cpu: cpu_time()?, time: Instant::now(), space: (0, 0) };
-        Ok(Meter { written: 0, first: Vec::new(), later: Vec::new(), stand, cancel, used, begun, counted: None })
+        stand.settle()?;
+        let others = others()?;
+        let (traffic, cpu, time) = (stand.traffic()?, cpu_time()?, Instant::now());
+        Ok(Meter { written: 0, first: Vec::new(), later: Vec::new(), stand, cancel, others, traffic, cpu, time })
     }
 
     /// The first operation on a file.
@@ -57,46 +57,39 @@ impl<'a> Meter<'a> {
         Ok(done)
     }
 
-    /// Writes everything out and ends the counting. Of operations after it only the time is told.
-    pub fn stop(&mut self) -> Result<()> {
+    /// Writes everything out and ends the counting. What the layers hold and export is to be added.
+    pub fn stop(self) -> Result<Sample> {
         self.stand.sync()?;
-        let time = Instant::now();
-        let (traffic, cpu) = (self.stand.traffic()?, cpu_time()?);
-        let space = (self.stand.space()?, self.stand.medium().used()?.saturating_sub(self.used));
-        self.counted = Some(Counted { traffic, cpu, time, space });
-        Ok(())
-    }
-
-    /// All that was measured. Exports the diff.
-    pub fn sample(mut self) -> Result<Sample> {
-        if self.counted.is_none() {
-            self.stop()?;
-        }
-        let (begun, counted) = (self.begun, self.counted.expect("stopped above"));
-        let traffic = counted.traffic.since(begun.traffic);
+        let (wall, cpu) = (self.time.elapsed(), cpu_time()?.saturating_sub(self.cpu));
+        self.stand.settle()?;
+        let traffic = self.stand.traffic()?.since(self.traffic);
         Ok(Sample {
             written: self.written,
             device_written: traffic.written,
             device_read: traffic.read,
             first: latency(self.first),
             later: latency(self.later),
-            space: counted.space.0,
-            space_on_device: counted.space.1,
-            diff: self.stand.diff(self.cancel).doing(|| "exporting the diff")?,
-            cpu_us: counted.cpu.saturating_sub(begun.cpu).as_micros() as u64,
-            wall_us: (counted.time - begun.time).as_micros() as u64,
+            space: None,
+            space_on_device: None,
+            diff: None,
+            cpu_us: cpu.as_micros() as u64,
+            wall_us: wall.as_micros() as u64,
+            busy_before: self.others.busy,
+            load_before: self.others.load,
         })
     }
 }
 
-fn timed<T>(cancel: &Cancel, operation: impl FnOnce() -> io::Result<T>) -> Result<(T, Duration)> {
+/// Calls it unless that was cancelled.
+pub(super) fn timed<T>(cancel: &Cancel, operation: impl FnOnce() -> io::Result<T>) -> Result<(T, Duration)> {
     cancel.check()?;
     let began = Instant::now();
     let done = operation()?;
     Ok((done, began.elapsed()))
 }
 
-fn latency(mut took: Vec<Duration>) -> Option<Latency> {
+/// None of nothing.
+pub(super) fn latency(mut took: Vec<Duration>) -> Option<Latency> {
     took.sort_unstable();
     let last = took.len().checked_sub(1)?;
     let micros = |n: usize| took[n].as_nanos() as f64 / 1000.0;
@@ -104,20 +97,49 @@ fn latency(mut took: Vec<Duration>) -> Option<Latency> {
     Some(Latency { median: micros(last / 2), p99: micros((last * 99).div_ceil(100)), count: took.len() as u64 })
 }
 
-/// What all processors have spent so far, in user and system mode.
-fn cpu_time() -> Result<Duration> {
-    let text = std::fs::read_to_string("/proc/stat").doing(|| "reading /proc/stat")?;
-    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as u64;
-    let ticks =
-        busy_ticks(&text).ok_or_else(|| Error::new(ErrorKind::Corrupt, "/proc/stat has no line of all processors"))?;
-    Ok(Duration::from_micros(ticks * 1_000_000 / per_second))
+/// Long enough for the ticks of two processors to tell 3%.
+const WATCHED: Duration = Duration::from_millis(200);
+
+/// Does nothing for a moment and watches.
+fn others() -> Result<Others> {
+    let before = ticks()?;
+    std::thread::sleep(WATCHED);
+    let now = ticks()?;
+    let of = |ticks: &Ticks| (ticks.busy + ticks.stolen, ticks.busy + ticks.stolen + ticks.idle);
+    let ((busy_before, all_before), (busy, all)) = (of(&before), of(&now));
+    let share = busy.saturating_sub(busy_before) as f64 / all.saturating_sub(all_before).max(1) as f64;
+    // 1/65536ths.
+    Ok(Others { busy: share.min(1.0), load: sysinfo().loads[0] as f64 / 65536.0 })
 }
 
-/// user, nice, system, irq and softirq of proc(5)'s first line; between them are idle and iowait.
-fn busy_ticks(text: &str) -> Option<u64> {
+/// What all processors have spent so far, in user and system mode.
+fn cpu_time() -> Result<Duration> {
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as u64;
+    Ok(Duration::from_micros(ticks()?.busy * 1_000_000 / per_second))
+}
+
+/// How the time of all processors went so far.
+#[derive(Debug, PartialEq, Eq)]
+struct Ticks {
+    /// user, nice, system, irq and softirq.
+    busy: u64,
+    /// idle and iowait.
+    idle: u64,
+    /// Taken by the host of a virtual machine.
+    stolen: u64,
+}
+
+fn ticks() -> Result<Ticks> {
+    let text = std::fs::read_to_string("/proc/stat").doing(|| "reading /proc/stat")?;
+    parse(&text).ok_or_else(|| Error::new(ErrorKind::Corrupt, "/proc/stat has no line of all processors"))
+}
+
+/// The first line, as proc(5) has it.
+fn parse(text: &str) -> Option<Ticks> {
     let fields = text.lines().next()?.strip_prefix("cpu ")?;
     let fields: Vec<u64> = fields.split_ascii_whitespace().map_while(|field| field.parse().ok()).collect();
-    [0, 1, 2, 5, 6].iter().map(|n| fields.get(*n)).sum()
+    let sum = |of: &[usize]| of.iter().map(|n| fields.get(*n)).sum::<Option<u64>>();
+    Some(Ticks { busy: sum(&[0, 1, 2, 5, 6])?, idle: sum(&[3, 4])?, stolen: sum(&[7])? })
 }
 
 #[cfg(test)]
@@ -135,7 +157,8 @@ mod tests {
 
     #[test]
     fn busy_time_leaves_waiting_out() {
-        assert_eq!(busy_ticks("cpu  100 20 3 4000 500 6 7 80 9 1\ncpu0 1 2\n"), Some(136));
-        assert_eq!(busy_ticks("cpu  1 2"), None);
+        let all = Ticks { busy: 136, idle: 4500, stolen: 80 };
+        assert_eq!(parse("cpu  100 20 3 4000 500 6 7 80 9 1\ncpu0 1 2\n"), Some(all));
+        assert_eq!(parse("cpu  1 2"), None);
     }
 }

@@ -62,7 +62,7 @@ pub fn write(dir: &Path, results: &Results) -> Result<()> {
     Ok(())
 }
 
-/// Reads the `results.json` of a run. Fails if it is none, or of a newer format.
+/// Reads the `results.json` of a run. Fails if it is none, or of another format.
 pub fn read(path: &Path) -> Result<Results> {
     let doing = || format!("reading {}", path.display());
     let text = fs::read(path).doing(doing)?;
@@ -75,9 +75,11 @@ fn parse(text: &[u8]) -> Result<Results> {
         Error::new(ErrorKind::InvalidInput, why).hint("name the results.json of an earlier run")
     };
     let value: serde_json::Value = serde_json::from_slice(text).map_err(not_ours)?;
-    if let Some(format) = value.get("format").and_then(serde_json::Value::as_u64).filter(|f| *f > u64::from(FORMAT)) {
+    if let Some(format) = value.get("format").and_then(serde_json::Value::as_u64).filter(|f| *f != u64::from(FORMAT)) {
         let why = format!("results of format {format}, and this graphdriver knows {FORMAT}");
-        return Err(Error::new(ErrorKind::Unsupported, why).hint("use the graphdriver that wrote them, or a newer one"));
+        let hint =
+            "use the graphdriver that wrote them, or measure again: figures of different formats mean different things";
+        return Err(Error::new(ErrorKind::Unsupported, why).hint(hint));
     }
     serde_json::from_value(value).map_err(not_ours)
 }
@@ -121,11 +123,14 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_is_told_from_what_is_newer() {
-        for text in ["", "[]", "{}", "null", r#"{"format": 1}"#, r#"{"format": "x", "version": 3}"#] {
+        for text in ["", "[]", "{}", "null", r#"{"format": 2}"#, r#"{"format": "x", "version": 3}"#] {
             let e = parse(text.as_bytes()).unwrap_err();
             assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("no results of graphdriver"), "{e}");
         }
-        let e = parse(br#"{"format": 2, "shape": "new"}"#).unwrap_err();
-        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("format 2"), "{e}");
+        for other in [1, FORMAT + 1] {
+            let e = parse(format!(r#"{{"format": {other}, "shape": "new"}}"#).as_bytes()).unwrap_err();
+            let says = format!("format {other}");
+            assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains(&says), "{e}");
+        }
     }
 }

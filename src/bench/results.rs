@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// The version of the format. It grows with a change that older programs would misread.
-pub const FORMAT: u32 = 1;
+/// The version of the format. It grows with a change that older programs would misread, or of what the figures mean.
+pub const FORMAT: u32 = 2;
 
 /// One run, whole: the contents of `results.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,7 +64,7 @@ pub struct Measurement {
     pub subject: String,
     /// `first-write`, `rewrite`, …
     pub workload: String,
-    /// Which case of it, for the reader: `64 KiB`, `10%`, `10 layers`.
+    /// Which case of it, for the reader, with the size of its files where that depends on the run's: `64 KiB`, `10% of 64 MiB`.
     pub case: String,
     /// The number in it, for a chart's axis: bytes, percent, layers or containers.
     pub x: u64,
@@ -77,7 +77,7 @@ pub struct Measurement {
 pub struct Sample {
     /// Bytes that the program wrote. 0 for workloads that change only metadata, which have no amplification.
     pub written: u64,
-    /// Bytes that reached the device.
+    /// Bytes that reached the device; of xfs with what its log alone would hold after a sync.
     pub device_written: u64,
     /// Bytes that were read from it. Caches were dropped before.
     pub device_read: u64,
@@ -85,17 +85,22 @@ pub struct Sample {
     pub first: Option<Latency>,
     /// Latency of the operations after it.
     pub later: Option<Latency>,
-    /// Bytes that the layers written to hold afterwards, as their driver measures them.
-    pub space: u64,
-    /// Bytes that the filesystem lost to it, as `statfs` shows.
-    pub space_on_device: u64,
+    /// Bytes that the layers written to hold afterwards, unmounted once, as their driver measures them. None where there are no
+    /// layers (the plain directory, which is its own image).
+    pub space: Option<u64>,
+    /// Bytes that the filesystem lost to it, as `statfs` shows; None as above.
+    pub space_on_device: Option<u64>,
     /// Size of the exported diff, in bytes; None where nothing is exported (the plain directory).
     pub diff: Option<u64>,
     /// Time that the processors spent, user and system of the whole machine, in microseconds: drivers work in the kernel and in
-    /// other processes too.
+    /// other processes too. In steps of 10 ms, and others' work is in it: see `busy_before` and [`Sample::cpu`].
     pub cpu_us: u64,
     /// Time on the clock until after the sync, in microseconds.
     pub wall_us: u64,
+    /// The share of all processors' time that others took while this waited, just before: 0 to 1.
+    pub busy_before: f64,
+    /// The load average of one minute at that time.
+    pub load_before: f64,
 }
 
 /// Microseconds per operation.
@@ -103,7 +108,7 @@ pub struct Sample {
 pub struct Latency {
     /// Half took less.
     pub median: f64,
-    /// One of a hundred took more.
+    /// One of a hundred took more; of up to a hundred, the slowest.
     pub p99: f64,
     /// How many there were.
     pub count: u64,
@@ -140,6 +145,36 @@ impl Spread {
         let middle = all.len() / 2;
         let median = if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 };
         Some(Spread { median, min, max })
+    }
+}
+
+/// Below it, steps of 10 ms say little.
+const LEAST_CPU_US: u64 = 50_000;
+
+/// The share of the processors' time beyond which others disturb.
+const DISTURBING: f64 = 0.1;
+
+impl Sample {
+    /// `cpu_us`, if it is enough to be told apart from its steps.
+    pub fn cpu(&self) -> Option<f64> {
+        (self.cpu_us >= LEAST_CPU_US).then_some(self.cpu_us as f64)
+    }
+}
+
+impl Results {
+    /// What to say if others kept the processors busy.
+    pub fn disturbance(&self) -> Option<String> {
+        let all: Vec<&Sample> = self.measurements.iter().flat_map(|measurement| &measurement.samples).collect();
+        let disturbed = all.iter().filter(|sample| sample.busy_before > DISTURBING).count();
+        let worst = all.iter().map(|sample| sample.busy_before).fold(0.0, f64::max) * 100.0;
+        (disturbed > 0).then(|| {
+            format!(
+                "before {disturbed} of {} repetitions others kept the processors busy for more than {:.0}% of the time, {worst:.0}% \
+                 at the most: processor times hold their work too, and other times waited for it; bytes are not touched by it",
+                all.len(),
+                DISTURBING * 100.0
+            )
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     device::Traffic,
-    medium::{Kind, Medium, patiently},
+    medium::{Kind, Medium, patiently, settle},
     plan::Plan,
 };
 use crate::{progress::Cancel, registry};
@@ -14,10 +14,7 @@ use rustix::fs::{sync, syncfs};
 use std::{
     fs::{self, File},
     io::{self, Write},
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -183,7 +180,7 @@ impl Stand {
         done
     }
 
-    /// Returns when all that was written is on the device.
+    /// Returns when all that was written is on the device, if only in a log.
     pub fn sync(&self) -> Result<()> {
         if self.containers.iter().any(|container| container.in_user_space) {
             // The kernel's page cache of such a filesystem is out of syncfs(2)'s reach.
@@ -198,20 +195,32 @@ impl Stand {
         self.medium.sync()
     }
 
+    /// After a sync: has written to their places what is in a log alone, so that nothing more follows.
+    pub fn settle(&self) -> Result<()> {
+        match self.medium.kind() {
+            Kind::Whole => self.containers.iter().try_for_each(|container| settle(&container.dir)),
+            Kind::Zfs => Ok(()),
+            _ => settle(&File::open(self.medium.root())?),
+        }
+    }
+
     /// Forgets what is cached of what is on the device, so that reading begins there. Containers are mounted anew.
-    pub fn forget(&mut self) -> Result<()> {
+    /// Returns the bytes in use meanwhile, when nothing is open that has taken some in advance.
+    pub fn forget(&mut self) -> Result<u64> {
         let containers: Vec<_> = self.containers.drain(..).map(|container| (container.layer, container.path)).collect();
         // Its pool goes on, and what is cached of thin devices goes with their mounts.
         if self.medium.kind() == Kind::Whole {
-            return self.show(containers);
+            let used = self.medium.used()?;
+            return self.show(containers).map(|()| used);
         }
         let image = match std::mem::replace(&mut self.tree, Tree::Closed) {
             Tree::Layered { image, .. } => image,
             Tree::Plain | Tree::Closed => Vec::new(),
         };
         self.medium.forget().doing(|| "dropping caches")?;
+        let used = self.medium.used()?;
         self.open(image)?;
-        self.show(containers)
+        self.show(containers).map(|()| used)
     }
 
     fn show(&mut self, containers: Vec<(Option<LayerId>, PathBuf)>) -> Result<()> {
@@ -231,13 +240,12 @@ impl Stand {
         self.medium.device().traffic()
     }
 
-    /// Bytes that the containers hold, without what they share with the image.
-    pub fn space(&self) -> Result<u64> {
-        let of = |container: &Container| match (&self.tree, container.layer) {
-            (Tree::Layered { layers, .. }, Some(layer)) => Ok(layers.usage(layer)?.bytes),
-            _ => allocated(&container.path).doing(|| "measuring a directory"),
-        };
-        self.containers.iter().map(of).sum()
+    /// Bytes that the containers hold, without what they share with the image. None where there are no layers: the first
+    /// plain directory is its image.
+    pub fn space(&self) -> Result<Option<u64>> {
+        let Tree::Layered { layers, .. } = &self.tree else { return Ok(None) };
+        let ids = self.containers.iter().filter_map(|container| container.layer);
+        ids.map(|layer| Ok(layers.usage(layer)?.bytes)).sum::<Result<u64>>().map(Some)
     }
 
     /// Bytes of the containers' layer tars; None where there are no layers.
@@ -344,15 +352,6 @@ fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn allocated(path: &Path) -> io::Result<u64> {
-    let meta = path.symlink_metadata()?;
-    let own = meta.blocks() * 512;
-    if !meta.is_dir() && !meta.file_type().is_symlink() {
-        return Ok(own);
-    }
-    fs::read_dir(path)?.try_fold(own, |sum, entry| Ok(sum + allocated(&entry?.path())?))
 }
 
 /// Counts what is written.

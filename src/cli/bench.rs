@@ -93,7 +93,7 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "SPACE",
         "ON DISK",
         "DIFF",
-        "CPU",
+        "CPU (whole machine)",
         "TIME",
     ];
     out.list(&header, &all, |one| row(one))?;
@@ -104,6 +104,9 @@ fn table(out: &Output, results: &Results) -> Result<()> {
     for one in &results.skipped {
         let workload = one.workload.as_deref().map(|name| format!(", {name}")).unwrap_or_default();
         output::line(format_args!("not measured: {}{workload}: {}", one.subject, one.reason))?;
+    }
+    if let Some(disturbance) = results.disturbance() {
+        output::line(format_args!("note: {disturbance}"))?;
     }
     Ok(())
 }
@@ -123,10 +126,10 @@ fn row(one: &Measurement) -> Vec<String> {
         size(median(|sample| Some(sample.device_read as f64))),
         time(median(|sample| sample.first.map(|first| first.median))),
         time(median(|sample| sample.later.map(|later| later.median))),
-        size(median(|sample| Some(sample.space as f64))),
-        size(median(|sample| Some(sample.space_on_device as f64))),
+        size(median(|sample| sample.space.map(|bytes| bytes as f64))),
+        size(median(|sample| sample.space_on_device.map(|bytes| bytes as f64))),
         size(median(|sample| sample.diff.map(|bytes| bytes as f64))),
-        time(median(|sample| Some(sample.cpu_us as f64))),
+        time(median(Sample::cpu)),
         time(median(|sample| Some(sample.wall_us as f64))),
     ]
 }
@@ -168,7 +171,7 @@ fn comparison(out: &Output, old: &Results, new: &Results, differences: &[Differe
             times(|pair| pair.0),
             times(|pair| pair.1),
             change(one.amplification),
-            change(Some(one.space)),
+            change(one.space),
             change(one.first),
             if one.worse { "WORSE" } else { "" }.into(),
         ]

@@ -81,6 +81,11 @@ pub(super) fn lines(view: View, chart: &Lines) -> Result<Option<String>> {
     Ok(Some(drawn))
 }
 
+/// A case's name without the size of its file, which is the same along the axis.
+fn brief(name: &str) -> &str {
+    name.split_once(" (").or_else(|| name.split_once(" of ")).map_or(name, |(brief, _)| brief)
+}
+
 /// Edges of the plot, in pixels.
 struct Frame {
     left: i32,
@@ -118,10 +123,11 @@ fn axes(area: &Area, frame: &Frame, scale: &Scale, cases: &[Case], chart: &Lines
     }
     let mut free = i32::MIN;
     for (case, at) in cases.iter().zip(places) {
-        let (x, half) = (place(at, scale.low).0, case.name.chars().count().min(LABEL) as i32 * LETTER / 2);
+        let name = brief(case.name);
+        let (x, half) = (place(at, scale.low).0, name.chars().count().min(LABEL) as i32 * LETTER / 2);
         line(area, (x, frame.top), (x, frame.bottom), GRID, 1)?;
         if x - half > free {
-            text(area, (x, frame.bottom + 14), Align::Middle, MUTED, case.name, LABEL)?;
+            text(area, (x, frame.bottom + 14), Align::Middle, MUTED, name, LABEL)?;
             free = x + half;
         }
     }
@@ -270,5 +276,16 @@ pub(super) fn short(value: f64) -> String {
         v if v >= 1e6 => of(v / 1e6, "M"),
         v if v >= 1e3 => of(v / 1e3, "k"),
         v => of(v, ""),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn along_an_axis_names_are_brief() {
+        let all = ["64 KiB", "1% of 64 MiB", "10 containers (64 MiB)"].map(brief);
+        assert_eq!(all, ["64 KiB", "1%", "10 containers"]);
     }
 }

@@ -30,6 +30,13 @@ const READ: Quantity = Quantity {
 };
 const WAITED: Quantity =
     Quantity { metric: view::first_median, name: "time of the first write, median", base: 10.0, show: time };
+const CHANGED: Quantity = Quantity { name: "time of a chmod, median of the files", ..WAITED };
+const ARRIVED: Quantity = Quantity {
+    metric: view::wall,
+    name: "time until the first write is on the device: the write, and a sync",
+    base: 10.0,
+    show: time,
+};
 const HELD: Quantity = Quantity {
     metric: view::space,
     name: "bytes that the layers hold, as their driver measures them",
@@ -43,14 +50,14 @@ const LOST: Quantity =
 /// the case's name. Without a case it is the largest.
 const TELLING: [(&str, Option<u64>, &str); 9] = [
     ("first-write", None, "first 4 KiB into {}"),
-    ("rewrite", Some(1), "rewriting {} of a large file"),
-    ("rewrite-again", Some(1), "the same {} once more"),
-    ("rewrite", None, "rewriting {} of a large file"),
-    ("append", None, "appending"),
+    ("rewrite", Some(1), "rewriting {}"),
+    ("rewrite-again", Some(1), "{} once more"),
+    ("rewrite", None, "rewriting {}"),
+    ("append", None, "appending to {}"),
     ("sqlite", None, "updating an SQLite database"),
     ("create", None, "creating small files"),
     ("delete-recreate", None, "replacing a tree"),
-    ("containers", None, "{} of one image"),
+    ("containers", None, "{}"),
 ];
 
 /// The page: one HTML document that needs no other file, no network and no script. Everything that comes from the
@@ -160,23 +167,42 @@ fn first_write(view: View) -> Result<String> {
         size,
         "<b>How long the first 4 KiB write into a file of the image takes</b>, by the file's size. A line that climbs with the \
          size copies the file; a flat one does not. Both axes are logarithmic; upright strokes go from the fastest to the slowest \
-         repetition. Points stand side by side so that none hides another.",
+         repetition. Points stand side by side so that none hides another. <b>This is not all of the work</b>: a copy of a whole \
+         file is flushed before its first write returns, while reflinks, thin-pool blocks and trees do most of theirs when the data \
+         is written back. Compare drivers by the next chart.",
+    )?;
+    let arrived = lines(
+        view,
+        "first-write",
+        ARRIVED,
+        size,
+        "<b>And how long until all of it is on the device</b>: the same write and a sync of its filesystem, which has the work that \
+         was put off. With vfs-fuse the whole machine is synced, as nothing less reaches what the kernel caches of it; of zfs the \
+         start of <code>zpool sync</code> is in it.",
     )?;
     let written = "<b>And how many bytes it writes</b> for each byte of the program's.";
-    Ok(waited + &lines(view, "first-write", FIRST_WRITE, size, written)?)
+    Ok(waited + &arrived + &lines(view, "first-write", FIRST_WRITE, size, written)?)
 }
 
 fn rewriting(view: View) -> Result<String> {
     let part = "part of the file that is rewritten, in random blocks of 4 KiB";
-    let first = "<b>The first pass</b>: the more of a file is rewritten, the smaller is the share of having copied it.";
-    let first = lines(view, "rewrite", WRITTEN, part, first)?;
+    let size = size_of_cases(view, "rewrite");
+    let first = format!(
+        "<b>The first pass</b>{size}: the more of a file is rewritten, the smaller is the share of having copied it."
+    );
+    let first = lines(view, "rewrite", WRITTEN, part, &first)?;
     let again = "<b>The second pass over the same blocks</b>: what was copied once is the layer's own.";
     Ok(first + &lines(view, "rewrite-again", WRITTEN, part, again)?)
 }
 
 fn space(view: View) -> Result<String> {
-    let across = "containers of one image that write the same blocks";
-    let held = lines(view, "containers", HELD, across, "<b>What the containers' layers hold.</b>")?;
+    let across = "containers of one image that write the same blocks, one after the other";
+    let size = size_of_cases(view, "containers");
+    let held = format!(
+        "<b>What the containers' layers hold</b>, each written 1 MiB (or all of a smaller file){size}. Read after they were \
+         unmounted once, so that nothing is in it that the filesystem only took in advance."
+    );
+    let held = lines(view, "containers", HELD, across, &held)?;
     let lost = "<b>What the filesystem lost to them</b>: less than they hold where they share data.";
     Ok(held + &lines(view, "containers", LOST, across, lost)?)
 }
@@ -189,7 +215,21 @@ fn others(view: View) -> Result<String> {
          metadata on the way.",
     )?;
     let deep = "<b>The first write under a stack of layers.</b> A flat line: depth costs nothing.";
-    Ok(read + &lines(view, "depth", WAITED, "layers of the image", deep)?)
+    let deep = lines(view, "depth", WAITED, "layers of the image", deep)?;
+    let changed = "<b>chmod of files in the lowest layer of such a stack.</b> Of the other workloads all have an image of one layer.";
+    Ok(read + &deep + &lines(view, "depth-chmod", CHANGED, "layers of the image", changed)?)
+}
+
+/// ` (a file of 64 MiB)`, from the names of the workload's cases; nothing where these have none.
+fn size_of_cases(view: View, workload: &str) -> String {
+    let cases = view.cases(workload);
+    let size = cases.first().and_then(|case| size_in(case.name));
+    size.map_or(String::new(), |size| format!(" (a file of {})", escape(size)))
+}
+
+fn size_in(name: &str) -> Option<&str> {
+    let (_, size) = name.split_once(" (").or_else(|| name.split_once(" of "))?;
+    Some(size.trim_end_matches(')'))
 }
 
 fn explanation(view: View) -> String {

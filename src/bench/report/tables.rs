@@ -1,6 +1,6 @@
 //! Every figure, with its spread.
 
-use super::view::{self, Metric, View, bytes, escape, time, times, title, with_spread};
+use super::view::{self, Metric, View, bytes, count, escape, time, times, title, with_spread};
 use crate::bench::results::{Measurement, Subject};
 use std::fmt::Write;
 
@@ -10,21 +10,25 @@ struct Column {
     show: fn(f64) -> String,
 }
 
-const COLUMNS: [Column; 14] = [
+const COLUMNS: [Column; 18] = [
     Column { name: "written by the program", metric: view::written, show: bytes },
     Column { name: "reached the device", metric: view::device_written, show: bytes },
     Column { name: "read from it", metric: view::device_read, show: bytes },
     Column { name: "write amplification", metric: Measurement::write_amplification, show: times },
     Column { name: "read amplification", metric: Measurement::read_amplification, show: times },
-    Column { name: "first operation, median", metric: view::first_median, show: time },
-    Column { name: "99 of 100", metric: view::first_p99, show: time },
-    Column { name: "later ones, median", metric: view::later_median, show: time },
-    Column { name: "99 of 100", metric: view::later_p99, show: time },
+    Column { name: "first operations", metric: view::first_count, show: count },
+    Column { name: "their median", metric: view::first_median, show: time },
+    Column { name: "the slowest of them", metric: view::first_slowest, show: time },
+    Column { name: "99 of 100 of them", metric: view::first_p99, show: time },
+    Column { name: "later operations", metric: view::later_count, show: count },
+    Column { name: "their median", metric: view::later_median, show: time },
+    Column { name: "the slowest of them", metric: view::later_slowest, show: time },
+    Column { name: "99 of 100 of them", metric: view::later_p99, show: time },
     Column { name: "space of the layers", metric: view::space, show: bytes },
     Column { name: "space on the filesystem", metric: view::space_on_device, show: bytes },
     Column { name: "exported diff", metric: view::diff, show: bytes },
-    Column { name: "CPU time", metric: view::cpu, show: time },
-    Column { name: "time", metric: view::wall, show: time },
+    Column { name: "CPU (whole machine)", metric: view::cpu, show: time },
+    Column { name: "time, with the sync", metric: view::wall, show: time },
 ];
 
 /// One table for each workload.
@@ -87,8 +91,9 @@ pub(super) fn setup(view: View) -> String {
         ("kernel", host.kernel.clone()),
         ("processors", host.cpus.to_string()),
         ("memory", bytes(host.memory as f64)),
-        ("large file", bytes(results.size as f64)),
+        ("largest file", format!("{}; others have their size in the name of the case", bytes(results.size as f64))),
         ("repetitions", format!("{}, each on a fresh filesystem", results.repetitions)),
+        ("disturbances", results.disturbance().unwrap_or_else(|| "none: the processors were idle before".into())),
     ];
     let facts: String =
         facts.iter().map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(value))).collect();

@@ -25,11 +25,13 @@ fn sample(written: u64, device_written: u64) -> Sample {
         device_read: device_written / 2,
         first: latency(20.0 + device_written as f64 / 1500.0),
         later: latency(4.0),
-        space: device_written,
-        space_on_device: device_written.saturating_add(4096),
+        space: Some(device_written),
+        space_on_device: Some(device_written.saturating_add(4096)),
         diff: Some(written),
-        cpu_us: 1200,
+        cpu_us: 120_000,
         wall_us: 3400,
+        busy_before: 0.02,
+        load_before: 0.5,
     }
 }
 
@@ -102,7 +104,7 @@ fn workloads(subject: &Subject) -> Vec<Measurement> {
         add("first-write", case, size, 4 * KIB, moved(subject, size));
     }
     for percent in [1, 10, 50, 100] {
-        let (case, written) = (format!("{percent}%"), (64 << 20) / 100 * percent);
+        let (case, written) = (format!("{percent}% of 64 MiB"), (64 << 20) / 100 * percent);
         add("rewrite", &case, percent, written, written + moved(subject, 64 << 20));
         add("rewrite-again", &case, percent, written, written + written / 20);
     }
@@ -113,11 +115,12 @@ fn workloads(subject: &Subject) -> Vec<Measurement> {
     add("sqlite", "1000 updates", 1000, 4 << 20, (12 << 20) + moved(subject, 64 << 20));
     add("create", "1000 files", 1000, 4 << 20, 6 << 20);
     for layers in [1, 10, 100] {
-        add("depth", &format!("{layers} layers"), layers, 4 * KIB, moved(subject, KIB * KIB) + layers * KIB);
+        add("depth", &format!("{layers} layers (1 MiB)"), layers, 4 * KIB, moved(subject, KIB * KIB) + layers * KIB);
+        add("depth-chmod", &format!("{layers} layers (1000 files)"), layers, 0, moved(subject, 64 << 20) / 20);
     }
     for number in [1, 2, 5, 10] {
         let device = number * (moved(subject, 64 << 20) + (1 << 20));
-        add("containers", &format!("{number} containers"), number, number << 20, device);
+        add("containers", &format!("{number} containers (64 MiB)"), number, number << 20, device);
     }
     all
 }
@@ -139,7 +142,7 @@ fn the_page_is_well_formed_and_holds_subjects_and_figures() {
     let document = parsed(&page);
     assert_eq!(
         document.descendants().filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "svg"))).count(),
-        9
+        11
     );
     let text = text_of(&document);
     for subject in &results.subjects {
@@ -235,6 +238,44 @@ fn zero_and_missing_values_break_nothing() {
         }
     }
     parsed(&picture(&results).unwrap());
+}
+
+#[test]
+fn the_slowest_of_few_is_not_called_one_of_a_hundred() {
+    let table = |count| {
+        let mut results = empty();
+        results.subjects = vec![subject("overlay2 on ext4", Some("overlay2"), "ext4", "")];
+        let latency = Some(Latency { median: 5.0, p99: 77.0, count });
+        let samples = vec![Sample { first: latency, later: None, ..sample(1, 2) }];
+        results.measurements = vec![measurement("overlay2 on ext4", "first-write", "64 KiB", 1, samples)];
+        tables::all(View { results: &results })
+    };
+    let has = |count, part: &str| table(count).contains(part);
+    assert!(has(1, "<td>1</td><td>5 µs</td>") && !has(1, "77 µs") && !has(1, "99 of 100"));
+    assert!(has(99, "the slowest of them") && has(99, "77 µs") && !has(99, "99 of 100"));
+    assert!(!has(1000, "the slowest") && has(1000, "<td>1,000</td>") && has(1000, "99 of 100 of them"));
+}
+
+#[test]
+fn a_plain_directory_has_no_space_and_is_in_no_chart_of_it() {
+    let mut results = made_up();
+    for one in results.measurements.iter_mut().filter(|one| one.subject.starts_with("plain")) {
+        one.samples.iter_mut().for_each(|sample| (sample.space, sample.space_on_device) = (None, None));
+    }
+    let charts = space(View { results: &results }).unwrap();
+    assert!(charts.contains("overlay2 on ext4") && !charts.contains("plain"), "{charts}");
+    assert!(charts.contains("(a file of 64 MiB)"), "{charts}");
+}
+
+#[test]
+fn disturbances_are_told() {
+    let mut results = made_up();
+    assert!(html(&results).unwrap().contains("none: the processors were idle before"));
+    results.measurements[0].samples[0].busy_before = 0.87;
+    let page = html(&results).unwrap();
+    assert!(page.contains("before 1 of ") && page.contains("87% at the most"));
+    // Steps of 10 ms tell nothing of less than 50.
+    assert_eq!([40_000, 50_000].map(|cpu_us| Sample { cpu_us, ..sample(1, 1) }.cpu()), [None, Some(50_000.0)]);
 }
 
 #[test]

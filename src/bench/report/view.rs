@@ -7,18 +7,19 @@ use std::fmt::Display;
 pub(super) type Metric = fn(&Measurement) -> Option<Spread>;
 
 /// In the order of the report. What a later version measures too comes after them.
-const WORKLOADS: [(&str, &str); 11] = [
+const WORKLOADS: [(&str, &str); 12] = [
     ("first-write", "First 4 KiB write into a file of the image, by the file's size"),
-    ("rewrite", "Rewriting a part of a large file of the image, random blocks of 4 KiB"),
+    ("rewrite", "Rewriting a part of a file of the image, random blocks of 4 KiB"),
     ("rewrite-again", "The same blocks once more"),
     ("append", "Appending to a file of the image"),
     ("chmod", "chmod of many files of the image"),
     ("chown", "chown of many files of the image"),
     ("delete-recreate", "Deleting a tree of the image and making it again"),
-    ("sqlite", "Updating an SQLite database of the image"),
+    ("sqlite", "Updating an SQLite database of the image; the program's bytes are those of its rollback journal too"),
     ("create", "Creating many small files"),
-    ("depth", "Writing on top of images of many layers"),
-    ("containers", "Containers of one image that write the same blocks"),
+    ("depth", "First 4 KiB write into a file of the lowest of several layers"),
+    ("depth-chmod", "chmod of many files of the lowest of several layers"),
+    ("containers", "Containers of one image that write 1 MiB each into the same blocks, one container after the other"),
 ];
 
 /// Results, with the questions that charts, tables and texts ask of them.
@@ -128,11 +129,11 @@ pub(super) fn device_read(m: &Measurement) -> Option<Spread> {
 }
 
 pub(super) fn space(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.space as f64)
+    Spread::of(m.samples.iter().filter_map(|sample| sample.space).map(|bytes| bytes as f64))
 }
 
 pub(super) fn space_on_device(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.space_on_device as f64)
+    Spread::of(m.samples.iter().filter_map(|sample| sample.space_on_device).map(|bytes| bytes as f64))
 }
 
 pub(super) fn diff(m: &Measurement) -> Option<Spread> {
@@ -140,7 +141,7 @@ pub(super) fn diff(m: &Measurement) -> Option<Spread> {
 }
 
 pub(super) fn cpu(m: &Measurement) -> Option<Spread> {
-    over(m, |sample| sample.cpu_us as f64)
+    Spread::of(m.samples.iter().filter_map(Sample::cpu))
 }
 
 pub(super) fn wall(m: &Measurement) -> Option<Spread> {
@@ -151,8 +152,26 @@ pub(super) fn first_median(m: &Measurement) -> Option<Spread> {
     latency(m, |sample| sample.first, |latency| latency.median)
 }
 
+pub(super) fn first_count(m: &Measurement) -> Option<Spread> {
+    latency(m, |sample| sample.first, |latency| latency.count as f64)
+}
+
+/// Of fewer than a hundred, of which there is no hundredth part; nothing of one, which is its own median.
+pub(super) fn first_slowest(m: &Measurement) -> Option<Spread> {
+    latency(m, |sample| sample.first.filter(|latency| (2..100).contains(&latency.count)), |latency| latency.p99)
+}
+
 pub(super) fn first_p99(m: &Measurement) -> Option<Spread> {
-    latency(m, |sample| sample.first, |latency| latency.p99)
+    latency(m, |sample| sample.first.filter(|latency| latency.count >= 100), |latency| latency.p99)
+}
+
+pub(super) fn later_count(m: &Measurement) -> Option<Spread> {
+    latency(m, |sample| sample.later, |latency| latency.count as f64)
+}
+
+/// As [`first_slowest`].
+pub(super) fn later_slowest(m: &Measurement) -> Option<Spread> {
+    latency(m, |sample| sample.later.filter(|latency| (2..100).contains(&latency.count)), |latency| latency.p99)
 }
 
 pub(super) fn later_median(m: &Measurement) -> Option<Spread> {
@@ -160,7 +179,12 @@ pub(super) fn later_median(m: &Measurement) -> Option<Spread> {
 }
 
 pub(super) fn later_p99(m: &Measurement) -> Option<Spread> {
-    latency(m, |sample| sample.later, |latency| latency.p99)
+    latency(m, |sample| sample.later.filter(|latency| latency.count >= 100), |latency| latency.p99)
+}
+
+/// `1,000`.
+pub(super) fn count(value: f64) -> String {
+    number(value)
 }
 
 /// `4 KiB`, `1.5 GiB`: three digits.

@@ -1,7 +1,10 @@
 //! Writing into files of the image.
 
 use super::{BLOCK, Case, Named, Run, SEED, Sizes, binary, block, fill, random};
-use crate::bench::results::Sample;
+use crate::bench::{
+    meter::{latency, timed},
+    results::Sample,
+};
 use graphdriver_core::Result;
 use std::{
     fs::File,
@@ -51,25 +54,29 @@ pub(super) fn first_write(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     Ok(vec![("first-write", one_write(run, case.x)?)])
 }
 
-/// One block into the file of `size` bytes; more of them only for their latency.
+/// One block into the file of `size` bytes; more of them, when all else is measured and the file is opened anew, only for their
+/// latency.
 fn one_write(run: &mut Run<'_>, size: u64) -> Result<Sample> {
     let used = run.containers(1)?;
     let mut random = choices();
     let blocks = blocks(size, &mut random);
     let data = block(&mut random);
-    let mut meter = run.meter(used)?;
-    let write = || open(run.root()).and_then(|file| file.write_all_at(&data, blocks[0] * BLOCK).map(|()| file));
-    let file = meter.first(write)?;
+    let mut meter = run.meter()?;
+    meter.first(|| open(run.root()).and_then(|file| file.write_all_at(&data, blocks[0] * BLOCK)))?;
     meter.written = BLOCK;
-    meter.stop()?;
-    for at in blocks.iter().skip(1).take(LATER) {
-        meter.later(|| file.write_all_at(&data, at * BLOCK))?;
-    }
-    meter.sample()
+    let mut sample = meter.stop()?;
+    run.weigh(used, &mut sample)?;
+    let file = open(run.root())?;
+    let writes = blocks.iter().skip(1).take(LATER);
+    let later = writes.map(|at| Ok(timed(run.cancel, || file.write_all_at(&data, at * BLOCK))?.1));
+    sample.later = latency(later.collect::<Result<_>>()?);
+    sample.diff = run.diff()?;
+    Ok(sample)
 }
 
-pub(super) fn shares(_: &Sizes) -> Vec<Case> {
-    [1, 10, 50, 100].map(|percent| Case::new(format!("{percent}%"), percent)).into()
+pub(super) fn shares(sizes: &Sizes) -> Vec<Case> {
+    let size = binary(sizes.medium());
+    [1, 10, 50, 100].map(|percent| Case::new(format!("{percent}% of {size}"), percent)).into()
 }
 
 /// Twice the same blocks.
@@ -80,16 +87,20 @@ pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let mut random = choices();
     let mut blocks = blocks(size, &mut random);
     blocks.truncate((blocks.len() * case.x as usize / 100).max(1));
-    let first = write_blocks(run, used, &blocks, &mut random)?;
+    let mut first = write_blocks(run, &blocks, &mut random)?;
+    run.weigh(used, &mut first)?;
     run.forget()?;
-    let again = write_blocks(run, used, &blocks, &mut random)?;
+    let again = write_blocks(run, &blocks, &mut random)?;
+    let again = run.finish(used, again)?;
+    // The same files have changed, by as much.
+    first.diff = again.diff;
     Ok(vec![("rewrite", first), ("rewrite-again", again)])
 }
 
 /// These blocks of the file of every container, the same data in each.
-fn write_blocks(run: &Run<'_>, used: u64, blocks: &[u64], random: &mut fastrand::Rng) -> Result<Sample> {
+fn write_blocks(run: &Run<'_>, blocks: &[u64], random: &mut fastrand::Rng) -> Result<Sample> {
     let data: Vec<_> = (0..16).map(|_| block(random)).collect();
-    let mut meter = run.meter(used)?;
+    let mut meter = run.meter()?;
     for container in run.stand.containers() {
         let write = |file: &File, n: usize| file.write_all_at(&data[n % data.len()], blocks[n] * BLOCK);
         let file = meter.first(|| open(container.path()).and_then(|file| write(&file, 0).map(|()| file)))?;
@@ -98,7 +109,7 @@ fn write_blocks(run: &Run<'_>, used: u64, blocks: &[u64], random: &mut fastrand:
         }
         meter.written += blocks.len() as u64 * BLOCK;
     }
-    meter.sample()
+    meter.stop()
 }
 
 pub(super) fn whole(sizes: &Sizes) -> Vec<Case> {
@@ -110,33 +121,38 @@ pub(super) fn append(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     with_file(run, case.x)?;
     let used = run.containers(1)?;
     let data = block(&mut choices());
-    let mut meter = run.meter(used)?;
+    let mut meter = run.meter()?;
     let open = || File::options().append(true).open(run.root().join(FILE));
     let mut file = meter.first(|| open().and_then(|mut file| file.write_all(&data).map(|()| file)))?;
     for _ in 1..EACH {
         meter.later(|| file.write_all(&data))?;
     }
     meter.written = EACH as u64 * BLOCK;
-    Ok(vec![("append", meter.sample()?)])
+    let sample = meter.stop()?;
+    drop(file);
+    Ok(vec![("append", run.finish(used, sample)?)])
 }
 
-pub(super) fn depths(_: &Sizes) -> Vec<Case> {
-    let label = |layers| if layers == 1 { "1 layer".into() } else { format!("{layers} layers") };
-    [1, 10, 100].map(|layers| Case { layers, ..Case::new(label(layers), layers as u64) }).into()
+/// Of the file below many layers.
+fn small(sizes: Sizes) -> u64 {
+    sizes.large.min(1 << 20)
+}
+
+pub(super) fn depths(sizes: &Sizes) -> Vec<Case> {
+    Case::depths(&binary(small(*sizes)))
 }
 
 /// The first write into a file of the lowest layer.
 pub(super) fn depth(run: &mut Run<'_>, case: &Case) -> Result<Named> {
-    let size = run.sizes.large.min(1 << 20);
+    let size = small(run.sizes);
     with_file(run, size)?;
-    for n in 1..case.layers {
-        run.layer(|dir, _| Ok(std::fs::write(dir.join(format!("layer{n}")), [n as u8; 100])?))?;
-    }
+    run.deepen(case.layers)?;
     Ok(vec![("depth", one_write(run, size)?)])
 }
 
-pub(super) fn numbers(_: &Sizes) -> Vec<Case> {
-    let label = |number| if number == 1 { "1 container".into() } else { format!("{number} containers") };
+pub(super) fn numbers(sizes: &Sizes) -> Vec<Case> {
+    let size = binary(sizes.medium());
+    let label = |number| format!("{number} container{} ({size})", if number == 1 { "" } else { "s" });
     [1, 2, 5, 10].map(|number| Case::new(label(number), number)).into()
 }
 
@@ -148,5 +164,6 @@ pub(super) fn containers(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let mut random = choices();
     let mut blocks = blocks(size, &mut random);
     blocks.truncate(EACH);
-    Ok(vec![("containers", write_blocks(run, used, &blocks, &mut random)?)])
+    let sample = write_blocks(run, &blocks, &mut random)?;
+    Ok(vec![("containers", run.finish(used, sample)?)])
 }

@@ -11,8 +11,8 @@ const UPDATES: usize = 200;
 const ROW: usize = 1000;
 const NAME: &str = "database";
 
-pub(super) fn updates(_: &Sizes) -> Vec<Case> {
-    vec![Case::new(format!("{UPDATES} updates"), UPDATES as u64)]
+pub(super) fn updates(sizes: &Sizes) -> Vec<Case> {
+    vec![Case::new(format!("{UPDATES} updates of {} rows", rows(*sizes)), UPDATES as u64)]
 }
 
 fn rows(sizes: Sizes) -> i64 {
@@ -42,7 +42,7 @@ fn payload(random: &mut fastrand::Rng) -> Vec<u8> {
     data
 }
 
-/// Bytes that this thread has handed to write(2) and its like so far.
+/// With the rollback journal, bytes that this thread has handed to write(2) and its like so far.
 fn written() -> Result<u64> {
     let path = "/proc/thread-self/io";
     let text = std::fs::read_to_string(path).doing(|| format!("reading {path}"))?;
@@ -60,7 +60,7 @@ pub(super) fn sqlite(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let container = &run.stand.containers()[0];
     let sample = run.stand.attached(container, |root| {
         let mut random = fastrand::Rng::with_seed(SEED + 1);
-        let mut meter = run.meter(used)?;
+        let mut meter = run.meter()?;
         let before = written()?;
         let db = Connection::open(root.join(NAME))?;
         for n in 0..UPDATES {
@@ -72,7 +72,7 @@ pub(super) fn sqlite(run: &mut Run<'_>, _: &Case) -> Result<Named> {
         }
         db.close().map_err(|(_, e)| e)?;
         meter.written = written()? - before;
-        meter.sample()
+        meter.stop()
     })?;
-    Ok(vec![("sqlite", sample)])
+    Ok(vec![("sqlite", run.finish(used, sample)?)])
 }

@@ -6,7 +6,7 @@ mod files;
 
 use super::{meter::Meter, results::Sample, stand::Stand};
 use crate::progress::Cancel;
-use graphdriver_core::{ByteSize, Result};
+use graphdriver_core::{ByteSize, Context, Result};
 use std::{fs::File, io::Write, path::Path};
 
 /// What programs read and write at a time.
@@ -30,7 +30,7 @@ pub(super) struct Workload {
 /// One case of a workload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Case {
-    /// For the reader: `64 KiB`, `10%`.
+    /// For the reader: `64 KiB`, `10% of 64 MiB`. Cases of other sizes have other names.
     pub label: String,
     /// The number in it.
     pub x: u64,
@@ -41,6 +41,14 @@ pub(super) struct Case {
 impl Case {
     fn new(label: impl Into<String>, x: u64) -> Case {
         Case { label: label.into(), x, layers: 1 }
+    }
+
+    /// Images of 1, 10 and 100 layers; `of` is what is written to there, in words.
+    fn depths(of: &str) -> Vec<Case> {
+        let label = |layers| if layers == 1 { "1 layer".into() } else { format!("{layers} layers") };
+        [1, 10, 100]
+            .map(|layers| Case { layers, ..Case::new(format!("{} ({of})", label(layers)), layers as u64) })
+            .into()
     }
 }
 
@@ -75,6 +83,7 @@ pub(super) const ALL: &[Workload] = &[
     Workload { name: "sqlite", cases: database::updates, run: database::sqlite },
     Workload { name: "create", cases: files::many, run: files::create },
     Workload { name: "depth", cases: data::depths, run: data::depth },
+    Workload { name: "depth-chmod", cases: files::depths, run: files::chmod_depth },
     Workload { name: "containers", cases: data::numbers, run: data::containers },
 ];
 
@@ -91,11 +100,15 @@ impl Run<'_> {
         self.stand.layer(|dir| fill(dir, self.cancel))
     }
 
+    /// Adds layers of one small file until the image has so many.
+    fn deepen(&mut self, layers: usize) -> Result<()> {
+        (1..layers)
+            .try_for_each(|n| self.layer(|dir, _| Ok(std::fs::write(dir.join(format!("layer{n}")), [n as u8; 100])?)))
+    }
+
     /// Makes so many containers, of which nothing is cached. Returns what the filesystem held before.
     fn containers(&mut self, number: u64) -> Result<u64> {
-        // Closed and opened again, the store's database has no log that would be in what is used now and not afterwards.
-        self.forget()?;
-        let used = self.stand.medium().used()?;
+        let used = self.forget()?;
         for _ in 0..number {
             self.cancel.check()?;
             self.stand.container()?;
@@ -104,14 +117,37 @@ impl Run<'_> {
         Ok(used)
     }
 
-    fn forget(&mut self) -> Result<()> {
+    /// See [`Stand::forget`].
+    fn forget(&mut self) -> Result<u64> {
         self.stand.sync()?;
         self.stand.forget()
     }
 
     /// Begins to count.
-    fn meter(&self, used: u64) -> Result<Meter<'_>> {
-        Meter::begin(&self.stand, used, self.cancel)
+    fn meter(&self) -> Result<Meter<'_>> {
+        Meter::begin(&self.stand, self.cancel)
+    }
+
+    /// Adds what the containers hold; `used` is what the filesystem held before they were made. They are unmounted for it, as
+    /// filesystems give back then what they took in advance.
+    fn weigh(&mut self, used: u64, sample: &mut Sample) -> Result<()> {
+        let now = self.forget()?;
+        sample.space = self.stand.space()?;
+        sample.space_on_device = sample.space.map(|_| now.saturating_sub(used));
+        Ok(())
+    }
+
+    /// The size of the exported diff. Not before the last is counted: to export, some drivers make snapshots, which are cleared
+    /// away long afterwards.
+    fn diff(&self) -> Result<Option<u64>> {
+        self.stand.diff(self.cancel).doing(|| "exporting the diff")
+    }
+
+    /// The sample with all that is to be added after counting.
+    fn finish(&mut self, used: u64, mut sample: Sample) -> Result<Sample> {
+        self.weigh(used, &mut sample)?;
+        sample.diff = self.diff()?;
+        Ok(sample)
     }
 
     /// The root of the only container.
@@ -174,6 +210,21 @@ mod tests {
         assert_eq!(labels(1 << 30), ["64 KiB", "1 MiB", "64 MiB", "1 GiB"]);
         assert_eq!(labels(8 << 20), ["64 KiB", "1 MiB", "8 MiB"]);
         assert_eq!(labels(64 << 10), ["64 KiB"]);
+    }
+
+    #[test]
+    fn cases_whose_files_depend_on_the_size_have_it_in_their_names() {
+        let labels = |large| {
+            let cases = ALL.iter().flat_map(|workload| (workload.cases)(&Sizes { large }));
+            cases.map(|case| case.label).collect::<Vec<_>>()
+        };
+        let (small, large) = (labels(1 << 20), labels(1 << 30));
+        for label in ["1% of 1 MiB", "1 container (1 MiB)", "10 layers (1 MiB)", "200 updates of 1024 rows"] {
+            assert!(small.iter().any(|known| known == label), "{label}: {small:?}");
+        }
+        for label in ["100% of 64 MiB", "10 containers (64 MiB)", "64 MiB", "200 updates of 16384 rows"] {
+            assert!(large.iter().any(|known| known == label), "{label}: {large:?}");
+        }
     }
 
     #[test]
