@@ -252,3 +252,26 @@ fn clear_flags(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let flags = fs::ioctl_getflags(fd)?;
     fs::ioctl_setflags(fd, flags - (IFlags::IMMUTABLE | IFlags::APPEND))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both together are the whole tree, and an inode with names in both is in the part that is left out.
+    #[test]
+    fn what_is_around_a_directory_is_measured_without_what_is_linked_into_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        ["diff/d", "work/work"].iter().for_each(|name| std::fs::create_dir_all(at(name)).unwrap());
+        ["diff/d/f", "work/tmp", "work/own"].iter().for_each(|name| std::fs::write(at(name), vec![7; 9000]).unwrap());
+        std::fs::hard_link(at("work/own"), at("work/work/own")).unwrap();
+        let before = usage_around(dir.path(), c"diff").unwrap();
+        assert_eq!(before.inodes, 5, "the layer, work, work/work, tmp and own");
+        ["diff/a", "diff/d/b"].iter().for_each(|name| std::fs::hard_link(at("work/tmp"), at(name)).unwrap());
+        std::fs::hard_link(at("work/tmp"), at("work/again")).unwrap();
+        let (all, around, diff) =
+            (usage(dir.path()).unwrap(), usage_around(dir.path(), c"diff").unwrap(), usage(&at("diff")).unwrap());
+        assert_eq!((around.inodes, diff.inodes), (4, 4));
+        assert_eq!((around.bytes + diff.bytes, around.inodes + diff.inodes), (all.bytes, all.inodes));
+    }
+}

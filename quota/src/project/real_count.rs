@@ -1,0 +1,94 @@
+//! Counting without limits, on the same filesystems.
+
+use super::*;
+
+fn layer(disk: &Disk, name: &str) -> PathBuf {
+    let tree = disk.tree(name);
+    ["diff", "work"].iter().for_each(|part| fs::create_dir(tree.join(part)).unwrap());
+    tree
+}
+
+/// xfs counts down in the background.
+fn counts(quota: &ProjectQuota, tree: &Path, inodes: u64) -> bool {
+    (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        quota.counted(tree).unwrap().is_some_and(|used| used.inodes == inodes)
+    })
+}
+
+#[test]
+fn a_tree_without_limits_is_counted_from_its_beginning_and_leaves_nothing() {
+    each("a_tree_without_limits_is_counted_from_its_beginning_and_leaves_nothing", |disk| {
+        let quota = disk.quota(700..=799);
+        let (a, b) = (layer(disk, "a"), layer(disk, "b"));
+        quota.count_new(&a, 1).unwrap();
+        // The same turn: the number is taken.
+        quota.count_new(&b, 1).unwrap();
+        assert_ne!(quota.project_at(&a).unwrap(), quota.project_at(&b).unwrap());
+        std::os::unix::fs::symlink("x", a.join("diff/symlink")).unwrap();
+        fill(&a.join("diff/f"), 3 * MIB).unwrap();
+        fs::hard_link(a.join("diff/f"), a.join("diff/g")).unwrap();
+        fill(&a.join("work/tmp"), MIB).unwrap();
+        fs::rename(a.join("work/tmp"), a.join("diff/renamed")).unwrap();
+        fs::rename(a.join("diff/renamed"), a.join("work/back")).unwrap();
+        assert!(counts(&quota, &a, 3 + 3), "{:?}", quota.counted(&a));
+        assert!(quota.counted(&a).unwrap().unwrap().bytes >= 4 * MIB);
+        assert_eq!(quota.counted(&b).unwrap().unwrap().inodes, 3);
+        assert_eq!(quota.ledger.read().unwrap(), ledger::Book::default(), "it costs no flush");
+        fs::remove_file(a.join("diff/f")).unwrap();
+        fs::remove_file(a.join("diff/g")).unwrap();
+        assert!(counts(&quota, &a, 3 + 2), "{:?}", quota.counted(&a));
+        [a, b].iter().for_each(|tree| fs::remove_dir_all(tree).unwrap());
+        agree(&quota, &disk.path());
+    });
+}
+
+#[test]
+fn a_counted_tree_that_is_limited_later_keeps_its_project_and_symlinks_are_in_it() {
+    each("a_counted_tree_that_is_limited_later_keeps_its_project_and_symlinks_are_in_it", |disk| {
+        let quota = disk.quota(700..=799);
+        let (early, late) = (layer(disk, "early"), layer(disk, "late"));
+        quota.count_new(&early, 7).unwrap();
+        for tree in [&early, &late] {
+            std::os::unix::fs::symlink("x", tree.join("diff/symlink")).unwrap();
+        }
+        let project = quota.project_at(&early).unwrap();
+        assert_eq!(quota.set_at("early", &early, size(9 * MIB)).unwrap(), Tagged::default());
+        assert_eq!(quota.project_at(&early).unwrap(), project);
+        assert_eq!(quota.counted(&early).unwrap().unwrap().inodes, 4);
+        assert!(without_privilege(|| is_full(fill(&early.join("diff/f"), 20 * MIB))));
+        // What is left out of a project is not in its count.
+        assert_eq!(quota.set_at("late", &late, size(9 * MIB)).unwrap().left_out, 1);
+        assert_eq!(quota.counted(&late).unwrap(), None);
+        // Nor is what a container took out of it.
+        tag::tag_dir(tag::open_dir(&early.join("diff")).unwrap().as_fd(), 0).unwrap();
+        assert_eq!(quota.counted(&early).unwrap(), None);
+        quota.set_at("early", &early, size(9 * MIB)).unwrap();
+        for (name, tree) in [("early", early), ("late", late)] {
+            fs::remove_dir_all(tree).unwrap();
+            quota.forget(name).unwrap();
+        }
+        agree(&quota, &disk.path());
+    });
+}
+
+#[test]
+fn where_new_projects_have_limits_or_none_is_left_trees_are_in_none() {
+    each("where_new_projects_have_limits_or_none_is_left_trees_are_in_none", |disk| {
+        let quota = disk.quota(700..=700);
+        let (a, b) = (layer(disk, "a"), layer(disk, "b"));
+        quota.count_new(&a, 1).unwrap();
+        quota.count_new(&b, 2).unwrap();
+        assert!(quota.counted(&a).unwrap().is_some());
+        assert_eq!((quota.counted(&b).unwrap(), quota.project_at(&b).unwrap()), (None, None));
+        fs::remove_dir_all(&a).unwrap();
+        agree(&quota, &disk.path());
+        // Limits of project 0 are those of all new ones on xfs. ext4 has none such.
+        quota.kernel.set(0, size(400 * MIB)).unwrap();
+        quota.count_new(&b, 3).unwrap();
+        if probe::fstype(&disk.path()) == "xfs" {
+            assert_eq!((quota.counted(&b).unwrap(), quota.project_at(&b).unwrap()), (None, None));
+            assert_eq!(tag::project_of(tag::open_dir(&b.join("diff")).unwrap().as_fd()).unwrap(), None);
+        }
+    });
+}
