@@ -1,6 +1,7 @@
 //! Counting without limits, on the same filesystems.
 
 use super::*;
+use graphdriver_core::{LayerId, LayerOptions, OverlayXattrs, overlay_home::Home};
 
 fn layer(disk: &Disk, name: &str) -> PathBuf {
     let tree = disk.tree(name);
@@ -91,4 +92,54 @@ fn where_new_projects_have_limits_or_none_is_left_trees_are_in_none() {
             assert_eq!(tag::project_of(tag::open_dir(&b.join("diff")).unwrap().as_fd()).unwrap(), None);
         }
     });
+}
+
+/// As much as that many inodes need more than mkfs makes.
+const MANY_INODES: Recipe = ("mkfs.ext4 -q -N 300000 -O project,quota -E quotatype=prjquota", "loop,prjquota");
+
+/// The figure of a walk, and how long it took, at best of a few times.
+fn timed(usage: impl Fn() -> Usage) -> (Usage, std::time::Duration) {
+    let once = || {
+        let began = std::time::Instant::now();
+        (usage(), began.elapsed())
+    };
+    (0..5).map(|_| once()).min_by_key(|(_, took)| *took).unwrap()
+}
+
+/// `GRAPHDRIVER_USAGE_FILES`: with how many files it is measured.
+#[test]
+fn usage_is_asked_at_least_10_times_as_fast_as_walked_and_is_the_same() {
+    if skipped(
+        "usage_is_asked_at_least_10_times_as_fast_as_walked_and_is_the_same",
+        no_root().or_else(|| no_program(&["mkfs.xfs", "mkfs.ext4"])),
+    ) || skipped_outside_guest(
+        "usage_is_asked_at_least_10_times_as_fast_as_walked_and_is_the_same",
+        no_project_quotas(),
+    ) {
+        return;
+    }
+    let files = std::env::var("GRAPHDRIVER_USAGE_FILES").map_or(5000, |files| files.parse::<usize>().unwrap());
+    for recipe in [XFS, MANY_INODES] {
+        alone(move || {
+            let disk = Disk::new(recipe);
+            let quota = disk.quota(700..=799);
+            let home = Home::open(&disk.path(), OverlayXattrs::Trusted).unwrap();
+            let id = LayerId(1);
+            home.create(id, &[], &LayerOptions::default(), |dir| quota.count_new(dir, id.0)).unwrap();
+            for n in 0..files {
+                let dir = home.diff(id).join(format!("{}", n / 1000));
+                if n % 1000 == 0 {
+                    fs::create_dir(&dir).unwrap();
+                }
+                fs::write(dir.join(n.to_string()), if n % 10 == 0 { "a block" } else { "" }).unwrap();
+            }
+            rustix::fs::sync();
+            let (walked, walk) = timed(|| home.usage(id, |_| Ok(None)).unwrap());
+            let (asked, ask) = timed(|| home.usage(id, |dir| quota.counted(dir)).unwrap());
+            let times = walk.as_secs_f64() / ask.as_secs_f64();
+            println!("{}: {files} files, walked in {walk:?}, asked in {ask:?}: {times:.0} times as fast", recipe.0);
+            assert_eq!(asked, walked);
+            assert!(times >= 10.0);
+        });
+    }
 }
