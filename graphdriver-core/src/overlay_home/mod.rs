@@ -12,6 +12,8 @@
 //! HOME/projects.lock  who changes that
 //! HOME/.graphdriver-probe-*/  where features are tried out: [`Trial`]
 //! ```
+//!
+//! `trusted.graphdriver.counted` of HOME/ID names the layer's project, if it had one from its beginning on.
 
 mod durable;
 mod inventory;

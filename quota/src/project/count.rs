@@ -69,8 +69,13 @@ impl ProjectQuota {
     fn uncounted(&self, nth: u64) -> Result<u32> {
         let (first, last) = (u64::from(*self.range.start()), u64::from(*self.range.end()));
         let width = last - first + 1;
+        // Limits are what an administrator gives a range of his own for.
+        if width < 2 * WINDOW {
+            let why = format!("{} is narrow, and left to layers with limits", self.option);
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
         let base = tag::open_dir(&self.base).and_then(fs::fstat)?.st_ino;
-        let from = base.wrapping_mul(0x9E37_79B9_7F4A_7C15) % width + nth % WINDOW.min(width);
+        let from = base.wrapping_mul(0x9E37_79B9_7F4A_7C15) % width + nth % WINDOW;
         let (noted, named) = (self.ledger.read()?, named_elsewhere());
         for n in 0..width {
             let project = (first + (from + n) % width) as u32;

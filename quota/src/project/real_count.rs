@@ -3,6 +3,8 @@
 use super::*;
 use graphdriver_core::{LayerId, LayerOptions, OverlayXattrs, overlay_home::Home};
 
+const WIDE: RangeInclusive<u32> = 1_000_000..=1_999_999;
+
 fn layer(disk: &Disk, name: &str) -> PathBuf {
     let tree = disk.tree(name);
     ["diff", "work"].iter().for_each(|part| fs::create_dir(tree.join(part)).unwrap());
@@ -20,7 +22,7 @@ fn counts(quota: &ProjectQuota, tree: &Path, inodes: u64) -> bool {
 #[test]
 fn a_tree_without_limits_is_counted_from_its_beginning_and_leaves_nothing() {
     each("a_tree_without_limits_is_counted_from_its_beginning_and_leaves_nothing", |disk| {
-        let quota = disk.quota(700..=799);
+        let quota = disk.quota(WIDE);
         let (a, b) = (layer(disk, "a"), layer(disk, "b"));
         quota.count_new(&a, 1).unwrap();
         // The same turn: the number is taken.
@@ -47,7 +49,7 @@ fn a_tree_without_limits_is_counted_from_its_beginning_and_leaves_nothing() {
 #[test]
 fn a_counted_tree_that_is_limited_later_keeps_its_project_and_symlinks_are_in_it() {
     each("a_counted_tree_that_is_limited_later_keeps_its_project_and_symlinks_are_in_it", |disk| {
-        let quota = disk.quota(700..=799);
+        let quota = disk.quota(WIDE);
         let (early, late) = (layer(disk, "early"), layer(disk, "late"));
         quota.count_new(&early, 7).unwrap();
         for tree in [&early, &late] {
@@ -74,14 +76,14 @@ fn a_counted_tree_that_is_limited_later_keeps_its_project_and_symlinks_are_in_it
 }
 
 #[test]
-fn where_new_projects_have_limits_or_none_is_left_trees_are_in_none() {
-    each("where_new_projects_have_limits_or_none_is_left_trees_are_in_none", |disk| {
-        let quota = disk.quota(700..=700);
+fn where_new_projects_have_limits_or_the_range_is_narrow_trees_are_in_none() {
+    each("where_new_projects_have_limits_or_the_range_is_narrow_trees_are_in_none", |disk| {
+        let (narrow, quota) = (disk.quota(700..=799), disk.quota(WIDE));
         let (a, b) = (layer(disk, "a"), layer(disk, "b"));
+        narrow.count_new(&a, 1).unwrap();
+        assert_eq!((narrow.counted(&a).unwrap(), narrow.project_at(&a).unwrap()), (None, None));
         quota.count_new(&a, 1).unwrap();
-        quota.count_new(&b, 2).unwrap();
         assert!(quota.counted(&a).unwrap().is_some());
-        assert_eq!((quota.counted(&b).unwrap(), quota.project_at(&b).unwrap()), (None, None));
         fs::remove_dir_all(&a).unwrap();
         agree(&quota, &disk.path());
         // Limits of project 0 are those of all new ones on xfs. ext4 has none such.
@@ -122,7 +124,7 @@ fn usage_is_asked_at_least_10_times_as_fast_as_walked_and_is_the_same() {
     for recipe in [XFS, MANY_INODES] {
         alone(move || {
             let disk = Disk::new(recipe);
-            let quota = disk.quota(700..=799);
+            let quota = disk.quota(WIDE);
             let home = Home::open(&disk.path(), OverlayXattrs::Trusted).unwrap();
             let id = LayerId(1);
             home.create(id, &[], &LayerOptions::default(), |dir| quota.count_new(dir, id.0)).unwrap();
