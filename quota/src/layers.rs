@@ -2,7 +2,7 @@
 
 use crate::project::{self, ProjectQuota, RANGE, check_limits, ledger::Ledger};
 use graphdriver_core::{
-    ByteSize, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Options, Result, Stored, StoredAs, Unmet,
+    ByteSize, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Options, Result, Stored, StoredAs, Unmet, Usage,
 };
 use std::{ops::RangeInclusive, path::Path};
 
@@ -106,12 +106,21 @@ impl LayerQuota {
         Ok(limits)
     }
 
-    /// Limits a new layer that lies at `dir` until it is whole.
+    /// Limits a new layer that lies at `dir` until it is whole, with nothing in it yet. Where projects work it is counted,
+    /// too: see [`usage`](Self::usage).
     pub fn limit_new(&self, id: LayerId, dir: &Path, limits: Limits) -> Result<()> {
-        match limits == Limits::default() {
-            true => Ok(()),
-            false => self.enforced()?.set_at(&id.to_string(), dir, limits).map(drop),
+        if limits == Limits::default() {
+            return self.projects.as_ref().map_or(Ok(()), |projects| projects.count_new(dir, id.0));
         }
+        let projects = self.enforced()?;
+        projects.set_at(&id.to_string(), dir, limits)?;
+        projects.counts_all(dir)
+    }
+
+    /// What a layer takes with all that lies at `dir`, as the kernel has counted it; None for one that has to be walked. See
+    /// [`ProjectQuota::counted`].
+    pub fn usage(&self, dir: &Path) -> Result<Option<Usage>> {
+        self.projects.as_ref().map_or(Ok(None), |projects| projects.counted(dir))
     }
 
     /// What the layer may take.

@@ -140,6 +140,12 @@ impl Service {
         self.block_on(self.another().commit(asked)).map(drop)
     }
 
+    pub fn commit_on(&self, parent: &str, name: &str, key: &str) -> Result<(), Status> {
+        let (snapshotter, labels, parent) = (String::new(), Labels::new(), parent.into());
+        let asked = api::CommitSnapshotRequest { snapshotter, name: name.into(), key: key.into(), labels, parent };
+        self.block_on(self.another().commit(asked)).map(drop)
+    }
+
     pub fn remove(&self, key: &str) -> Result<(), Status> {
         let asked = api::RemoveSnapshotRequest { snapshotter: String::new(), key: key.into() };
         self.block_on(self.another().remove(asked)).map(drop)

@@ -66,6 +66,7 @@ macro_rules! suite {
         stat_tells_kinds_and_parents
         parents_are_passed_on
         taken_keys_and_wrong_parents_are_refused
+        a_parent_given_at_commit_is_taken_or_refused
         labels_change_and_parents_do_not
         removed_keys_can_be_used_again
         listings_take_filters_and_calls_meanwhile

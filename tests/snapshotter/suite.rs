@@ -128,6 +128,39 @@ pub fn taken_keys_and_wrong_parents_are_refused(s: &Service) {
     assert_eq!(s.names(&[]), ["active", "base", "view"]);
 }
 
+/// containerd's "rebase": layers of an image are prepared without parents, filled at once, and each committed on its own.
+pub fn a_parent_given_at_commit_is_taken_or_refused(s: &Service) {
+    s.layer("base", "", |dir| ["gone", "stays"].iter().for_each(|name| write(dir, name, "base")));
+    s.layer("other", "", |_| ());
+    s.prepare("on-base", "base").unwrap();
+    refused(s.commit_on("other", "new", "on-base"), Code::InvalidArgument);
+    s.commit_on("base", "own", "on-base").unwrap();
+    assert_eq!(s.stat("own").unwrap().parent, "base");
+
+    let mounts = s.prepare("alone", "").unwrap();
+    refused(s.commit_on("missing", "new", "alone"), Code::NotFound);
+    refused(s.commit_on("alone", "new", "alone"), Code::FailedPrecondition);
+    let upper = mounts[0].options.iter().find_map(|option| option.strip_prefix("upperdir="));
+    if mounts[0].r#type != "overlay" {
+        refused(s.commit_on("base", "new", "alone"), Code::FailedPrecondition);
+        s.commit("new", "alone").unwrap();
+        assert_eq!(s.stat("new").unwrap().parent, "");
+        return;
+    }
+    // As containerd unpacks a tar, which knows overlays.
+    let upper = Path::new(upper.unwrap());
+    write(upper, "added", "alone");
+    let device = (rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0);
+    rustix::fs::mknodat(rustix::fs::CWD, upper.join("gone"), device.0, device.1, device.2).unwrap();
+    s.commit_on("base", "new", "alone").unwrap();
+    assert_eq!(s.stat("new").unwrap().parent, "base");
+    refused(s.remove("base"), Code::FailedPrecondition);
+    s.prepare("run", "new").unwrap();
+    let tree = Tree::of(&s.mounts("run").unwrap());
+    let names: Vec<_> = files(tree.path()).into_keys().collect();
+    assert_eq!(names, ["/added", "/stays"]);
+}
+
 pub fn labels_change_and_parents_do_not(s: &Service) {
     s.layer("one", "", |_| ());
     s.layer("other", "", |_| ());

@@ -10,7 +10,7 @@ pub(crate) const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "overlay2.quota_projects",
-        help: "FIRST-LAST: the numbers that limited layers get as projects; default: 1900000000-1999999999",
+        help: "FIRST-LAST: the numbers that layers get as projects; default: 1900000000-1999999999",
     },
     OptionSpec {
         name: "overlay2.redirect_dir",

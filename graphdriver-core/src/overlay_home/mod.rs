@@ -12,6 +12,8 @@
 //! HOME/projects.lock  who changes that
 //! HOME/.graphdriver-probe-*/  where features are tried out: [`Trial`]
 //! ```
+//!
+//! `trusted.graphdriver.counted` of HOME/ID names the layer's project, if it had one from its beginning on.
 
 mod durable;
 mod inventory;
@@ -217,9 +219,18 @@ impl Home {
         volatile::settle(&self.layer(id))
     }
 
-    /// The space a layer takes by itself.
-    pub fn usage(&self, id: LayerId) -> Result<Usage> {
+    /// The space a layer takes by itself. `counted` gives what all of the [layer](Self::layer) takes, if somebody has
+    /// counted that; what is not the layer's own changes is taken off. It is asked for active layers only: the figure of a
+    /// committed one is kept, and has to be that of what is there.
+    pub fn usage(&self, id: LayerId, counted: impl FnOnce(&Path) -> Result<Option<Usage>>) -> Result<Usage> {
         self.open_diff(id)?;
+        let layer = self.layer(id);
+        if layer.join("work").is_dir()
+            && let Some(all) = counted(&layer)?
+            && let Some(usage) = less(all, tree::usage_around(&layer, c"diff")?)
+        {
+            return Ok(usage);
+        }
         tree::usage(&self.diff(id))
     }
 
@@ -292,6 +303,11 @@ pub fn recipe(
     }
     all.extend(options.into_iter().map(Into::into));
     Ok(crate::Mount { fstype: fstype.into(), source: source.into(), options: all })
+}
+
+/// None if the two do not fit together, being of different moments.
+fn less(all: Usage, part: Usage) -> Option<Usage> {
+    Some(Usage { bytes: all.bytes.checked_sub(part.bytes)?, inodes: all.inodes.checked_sub(part.inodes)? })
 }
 
 /// Whether there is any layer in the directory.

@@ -6,7 +6,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
-    collections::HashSet,
+    collections::{HashMap, hash_map::Entry},
     ffi::{CStr, CString},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
@@ -19,9 +19,24 @@ fn open_below(dir: impl AsFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
 /// What a tree takes on disk, its root included; an inode with several names counts once. Extents shared with other
 /// files (reflinks) count in each of them. The tree may change meanwhile.
 pub(super) fn usage(root: &Path) -> Result<Usage> {
+    walk(root, None).map(|walk| walk.usage)
+}
+
+/// What a tree takes on disk, its root included, without what is `but` in its root. An inode that has a name there counts
+/// as being there.
+pub(super) fn usage_around(root: &Path, but: &CStr) -> Result<Usage> {
+    let Walk { mut usage, met, .. } = walk(root, Some(but))?;
+    for linked in met.values().filter(|linked| linked.names_left > 0) {
+        usage.bytes -= linked.bytes;
+        usage.inodes -= 1;
+    }
+    Ok(usage)
+}
+
+fn walk(root: &Path, but: Option<&CStr>) -> Result<Walk> {
     for _ in 0..3 {
-        if let Some(usage) = Walk::run(root).doing(|| format!("measuring {}", root.display()))? {
-            return Ok(usage);
+        if let Some(walk) = Walk::run(root, but).doing(|| format!("measuring {}", root.display()))? {
+            return Ok(walk);
         }
     }
     Err(Error::new(ErrorKind::Busy, format!("directories are moved all the time in {}", root.display())))
@@ -31,17 +46,23 @@ pub(super) fn usage(root: &Path) -> Result<Usage> {
 struct Walk {
     usage: Usage,
     /// Inodes with several names that were met.
-    met: HashSet<u64>,
+    met: HashMap<u64, Linked>,
+}
+
+struct Linked {
+    bytes: u64,
+    /// How many of its names were not met.
+    names_left: u32,
 }
 
 impl Walk {
     /// Depth first with one descriptor open, as a tree may be deeper than the limit on open files: the way up is `..`.
     /// None if that led elsewhere, because somebody moved a directory.
-    fn run(root: &Path) -> Result<Option<Usage>> {
+    fn run(root: &Path, but: Option<&CStr>) -> Result<Option<Walk>> {
         let mut walk = Walk::default();
         let mut here = fs::openat(CWD, root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         walk.count(here.as_fd(), c"", AtFlags::EMPTY_PATH)?;
-        let mut way: Vec<(u64, Vec<CString>)> = vec![(fs::fstat(&here)?.st_ino, walk.read(here.as_fd())?)];
+        let mut way: Vec<(u64, Vec<CString>)> = vec![(fs::fstat(&here)?.st_ino, walk.read(here.as_fd(), but)?)];
         while let Some((_, pending)) = way.last_mut() {
             let Some(name) = pending.pop() else {
                 way.pop();
@@ -57,19 +78,19 @@ impl Walk {
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
                 opened => here = opened?,
             }
-            let found = walk.read(here.as_fd())?;
+            let found = walk.read(here.as_fd(), None)?;
             way.push((fs::fstat(&here)?.st_ino, found));
         }
-        Ok(Some(walk.usage))
+        Ok(Some(walk))
     }
 
-    /// Counts what is in a directory; gives the directories in it.
-    fn read(&mut self, dir: BorrowedFd<'_>) -> Result<Vec<CString>> {
+    /// Counts what is in a directory, without what is `but`; gives the directories in it.
+    fn read(&mut self, dir: BorrowedFd<'_>, but: Option<&CStr>) -> Result<Vec<CString>> {
         let mut dirs = Vec::new();
         for entry in Dir::read_from(dir)? {
             let entry = entry?;
             let name = entry.file_name();
-            if name == c"." || name == c".." {
+            if name == c"." || name == c".." || Some(name) == but {
                 continue;
             }
             match self.count(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -84,10 +105,18 @@ impl Walk {
     fn count(&mut self, dir: BorrowedFd<'_>, name: &CStr, at: AtFlags) -> rustix::io::Result<FileType> {
         let st = fs::statx(dir, name, at | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS)?;
         let kind = FileType::from_raw_mode(st.stx_mode.into());
-        if kind == FileType::Directory || st.stx_nlink == 1 || self.met.insert(st.stx_ino) {
-            self.usage.bytes += st.stx_blocks * 512;
-            self.usage.inodes += 1;
+        let bytes = st.stx_blocks * 512;
+        if kind != FileType::Directory && st.stx_nlink > 1 {
+            match self.met.entry(st.stx_ino) {
+                Entry::Occupied(mut met) => {
+                    met.get_mut().names_left = met.get().names_left.saturating_sub(1);
+                    return Ok(kind);
+                }
+                Entry::Vacant(new) => drop(new.insert(Linked { bytes, names_left: st.stx_nlink - 1 })),
+            }
         }
+        self.usage.bytes += bytes;
+        self.usage.inodes += 1;
         Ok(kind)
     }
 }
@@ -222,4 +251,27 @@ fn forced(dir: BorrowedFd<'_>, name: &CStr, act: impl Fn() -> rustix::io::Result
 fn clear_flags(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let flags = fs::ioctl_getflags(fd)?;
     fs::ioctl_setflags(fd, flags - (IFlags::IMMUTABLE | IFlags::APPEND))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both together are the whole tree, and an inode with names in both is in the part that is left out.
+    #[test]
+    fn what_is_around_a_directory_is_measured_without_what_is_linked_into_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        ["diff/d", "work/work"].iter().for_each(|name| std::fs::create_dir_all(at(name)).unwrap());
+        ["diff/d/f", "work/tmp", "work/own"].iter().for_each(|name| std::fs::write(at(name), vec![7; 9000]).unwrap());
+        std::fs::hard_link(at("work/own"), at("work/work/own")).unwrap();
+        let before = usage_around(dir.path(), c"diff").unwrap();
+        assert_eq!(before.inodes, 5, "the layer, work, work/work, tmp and own");
+        ["diff/a", "diff/d/b"].iter().for_each(|name| std::fs::hard_link(at("work/tmp"), at(name)).unwrap());
+        std::fs::hard_link(at("work/tmp"), at("work/again")).unwrap();
+        let (all, around, diff) =
+            (usage(dir.path()).unwrap(), usage_around(dir.path(), c"diff").unwrap(), usage(&at("diff")).unwrap());
+        assert_eq!((around.inodes, diff.inodes), (4, 4));
+        assert_eq!((around.bytes + diff.bytes, around.inodes + diff.inodes), (all.bytes, all.inodes));
+    }
 }

@@ -249,6 +249,35 @@ impl Layers {
         done.doing(|| format!("committing layer {id}"))
     }
 
+    /// Puts a layer that was made without a parent on one, which is visible, with the transaction that
+    /// [commits](Self::commit) it. For drivers that [can](crate::Capabilities::independent_layers).
+    pub fn rebase_in(&self, tx: &Transaction<'_>, id: LayerId, parent: LayerId) -> Result<()> {
+        let rebase = || {
+            self.may_move_to(tx, &rows::row(tx, id)?.0, parent)?;
+            rows::get(tx, parent).and_then(|parent| may_have_children(&parent))?;
+            rows::set_parent(tx, id, parent)?;
+            rows::set_chain(tx, id)
+        };
+        rebase().doing(|| format!("putting layer {id} on layer {parent}"))
+    }
+
+    fn may_move_to(&self, tx: &Transaction<'_>, layer: &Layer, parent: LayerId) -> Result<()> {
+        let can = self.driver.capabilities();
+        if let Some(old) = layer.parent {
+            return Err(invalid(format!("it was made on layer {old} and cannot go on layer {parent}")));
+        }
+        if !can.independent_layers {
+            let name = self.driver.name();
+            return Err(invalid(format!("{name} needs to know the parent when a layer is created")));
+        }
+        let depth = rows::chain(tx, parent)?.len();
+        if depth > can.max_depth {
+            let reason = format!("it would have {depth} parents, and {} can do {}", self.driver.name(), can.max_depth);
+            return Err(Error::new(ErrorKind::Unsupported, reason).hint("use an image with fewer layers"));
+        }
+        Ok(())
+    }
+
     /// Durable storage first, then the row.
     fn freeze(&self, id: LayerId, info: &CommitInfo, then: impl FnOnce(&Transaction<'_>) -> Result<()>) -> Result<()> {
         tracing::debug!(layer = %id, "committing");
@@ -436,7 +465,7 @@ impl NewLayer<'_> {
         let id = self.id;
         let (layer, _) = rows::row(tx, id)?;
         if let Some(parent) = parent.filter(|_| parent != layer.parent) {
-            self.may_move_to(tx, &layer, parent)?;
+            self.layers.may_move_to(tx, &layer, parent)?;
             rows::set_parent(tx, id, parent)?;
         }
         if let Some(parent) = parent.or(layer.parent) {
@@ -446,24 +475,6 @@ impl NewLayer<'_> {
             return Err(invalid("it is kept already"));
         }
         rows::set_chain(tx, id)
-    }
-
-    fn may_move_to(&self, tx: &Transaction<'_>, layer: &Layer, parent: LayerId) -> Result<()> {
-        let can = self.layers.driver.capabilities();
-        if let Some(old) = layer.parent {
-            return Err(invalid(format!("it was made on layer {old} and cannot go on layer {parent}")));
-        }
-        if !can.independent_layers {
-            let name = self.layers.driver.name();
-            return Err(invalid(format!("{name} needs to know the parent when a layer is created")));
-        }
-        let depth = rows::chain(tx, parent)?.len();
-        if depth > can.max_depth {
-            let reason =
-                format!("it would have {depth} parents, and {} can do {}", self.layers.driver.name(), can.max_depth);
-            return Err(Error::new(ErrorKind::Unsupported, reason).hint("use an image with fewer layers"));
-        }
-        Ok(())
     }
 }
 

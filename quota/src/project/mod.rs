@@ -14,6 +14,7 @@
 //! * The owner of a file in the initial user namespace may give it another project (`chattr -p`), and so can the root of a
 //!   container that has no user namespace of its own.
 
+mod count;
 mod kernel;
 pub mod ledger;
 mod probe;
@@ -125,6 +126,11 @@ impl ProjectQuota {
             // Killed before anything was put into the project, which others have chosen since.
             Some(_) | None => {}
         }
+        if let Some(project) =
+            count::marked(top)?.filter(|project| tag::project_of(top).is_ok_and(|p| p == Some(*project)))
+        {
+            return Ok(Entry { project, limits: Limits::default(), ready: true });
+        }
         if book.next == 0 {
             book.next = self.anywhere()?;
         }
@@ -151,6 +157,9 @@ impl ProjectQuota {
         enforce: impl FnOnce(&Entry) -> Result<()>,
     ) -> Result<Tagged> {
         let tagged = if entered.ready { Tagged::default() } else { tag_parts(dir, entered.project)? };
+        if tagged.left_out > 0 {
+            count::unmark(tag::open_dir(dir)?.as_fd())?;
+        }
         self.ledger.change(|book| match book.trees.get_mut(name) {
             Some(entry) if entry.project == entered.project => {
                 entry.ready = true;

@@ -19,6 +19,9 @@ use std::{
 #[path = "../../../tests/skip/mod.rs"]
 mod skip;
 
+#[path = "real_count.rs"]
+mod counting;
+
 const MIB: u64 = 1 << 20;
 
 /// What makes a filesystem, and what mounts it with quotas.

@@ -13,15 +13,23 @@ use std::{
 /// Far longer than anybody who keeps to the rules holds it. Whoever may open the directory can lock it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A turn takes much less than that.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// The turn of whoever holds this: the lock (flock(2)) on the topmost directory that is on the same filesystem as `dir` and
 /// can be reached from it. All homes of one data root have that in common, and all beneath one mount point.
 pub(super) fn take(dir: &Path) -> Result<File> {
+    take_within(dir, PATIENCE)
+}
+
+/// The same for who does not wait as long. Fails with `Busy`.
+pub(super) fn take_within(dir: &Path, patience: Duration) -> Result<File> {
     let top = File::from(topmost(dir).doing(|| format!("looking for the top of the filesystem of {}", dir.display()))?);
     let began = Instant::now();
     loop {
         match top.try_lock() {
             Ok(()) => return Ok(top),
-            Err(TryLockError::WouldBlock) if began.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::WouldBlock) if began.elapsed() < patience => thread::sleep(PAUSE),
             Err(TryLockError::WouldBlock) => {
                 let why =
                     format!("the top directory of the filesystem of {} is locked by somebody else", dir.display());

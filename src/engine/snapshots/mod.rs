@@ -7,6 +7,7 @@ mod filter;
 mod labels;
 mod names;
 mod page;
+mod rebase;
 pub(super) mod row;
 mod sight;
 mod summary;
@@ -115,8 +116,9 @@ impl Snapshots {
         Ok(recipe)
     }
 
-    /// Freezes an active snapshot under another name, with these labels and no others. When this returns it survives a
-    /// power cut.
+    /// Freezes an active snapshot under another name, with these labels and no others, and on `parent` if it was prepared
+    /// without one. When this returns it survives a power cut. Fails with `InvalidInput` for another parent than its own,
+    /// and with `Unsupported` where it had to have one from the beginning.
     pub fn commit(&self, name: &str, key: &str, parent: Option<&str>, labels: &Labels) -> Result<()> {
         self.commit_inner(name, key, parent, labels).doing(|| format!("committing snapshot {key:?} as {name:?}"))
     }
@@ -134,12 +136,15 @@ impl Snapshots {
         if active.kind != LayerKind::Active {
             return Err(Error::new(ErrorKind::Busy, format!("it is not active but {}", phrase(active.kind))));
         }
-        if parent.is_some_and(|parent| active.parent.as_deref() != Some(parent)) {
-            return Err(Error::new(ErrorKind::Unsupported, "it was prepared on another parent")
-                .hint("give the parent when the snapshot is prepared"));
+        let parent = parent.filter(|parent| active.parent.as_deref() != Some(parent));
+        if let Some(parent) = parent {
+            self.may_rebase(&active, parent)?;
         }
         layers.commit(active.layer, &CommitInfo::default(), |tx| match row::rename(tx, key, name, labels)? {
-            true => Ok(()),
+            true => parent
+                .map(|parent| rebase::committed(tx, parent))
+                .transpose()?
+                .map_or(Ok(()), |parent| layers.rebase_in(tx, active.layer, parent)),
             false => row::get(tx, key).map(drop),
         })
     }

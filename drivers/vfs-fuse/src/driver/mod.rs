@@ -311,7 +311,7 @@ impl GraphDriver for VfsFuse {
     }
 
     fn usage(&self, id: LayerId) -> Result<Usage> {
-        self.home.usage(id)
+        self.home.usage(id, |layer| self.quota.usage(layer))
     }
 
     fn remove(&self, id: LayerId) -> Result<()> {

@@ -14,7 +14,7 @@ pub(super) const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "vfs-fuse.quota_projects",
-        help: "FIRST-LAST: the numbers that limited layers get as projects; default: 1900000000-1999999999",
+        help: "FIRST-LAST: the numbers that layers get as projects; default: 1900000000-1999999999",
     },
     OptionSpec {
         name: "vfs-fuse.copy_up",

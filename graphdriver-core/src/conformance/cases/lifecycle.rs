@@ -2,11 +2,11 @@
 
 use super::{Case, Subject, Twin, everyone, privileged};
 use crate::{
-    Access, ByteSize, ErrorKind, FileKind, LayerId, LayerOptions, Result, StoredAs,
+    Access, ByteSize, ErrorKind, FileKind, LayerId, LayerOptions, Result, StoredAs, Usage, WriteStrategy,
     conformance::twin::{same_tree, snapshot},
     model::Op,
 };
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -113,6 +113,15 @@ pub(super) const CASES: &[Case] = &[
         story: "moby graphtest, diff sizes agree: df must not count a base image once per container",
         needs: everyone,
         run: usage,
+    },
+    Case {
+        name: "an_active_layers_usage_is_what_is_kept_of_it_at_commit",
+        story: "Exact: who counts as it is written to, and who walks over it afterwards, come to the same figure",
+        needs: |subject| match subject.driver().capabilities().write_strategy {
+            WriteStrategy::CopyUp { .. } => Ok(()),
+            _ => Err("its usage is not that of the files in a layer"),
+        },
+        run: usage_while_active,
     },
     Case {
         name: "threads_making_different_layers_do_not_disturb_each_other",
@@ -447,6 +456,45 @@ fn usage(subject: &mut dyn Subject) -> Result<()> {
     );
     assert_eq!(subject.driver().usage(A)?, full, "a child changed what its parent takes");
     Ok(())
+}
+
+fn usage_while_active(subject: &mut dyn Subject) -> Result<()> {
+    let names = || (0..20).map(|n| format!("d/{n}"));
+    let mut lower = vec![Op::mkdir("d"), Op::mkdir("anew")];
+    lower.extend(names().map(|name| Op::write(name, "1")));
+    subject.driver().create(A, &[], PLAIN)?;
+    write(subject, A, &[], &lower)?;
+    subject.driver().commit(A)?;
+    subject.driver().create(B, &[A], PLAIN)?;
+    let mut ops =
+        vec![Op::mkdir("n"), Op::write("n/f", vec![7; 300_000]), Op::link("n/f", "n/g"), Op::symlink("s", "n/f")];
+    ops.extend([Op::mknod("fifo", FileKind::Fifo), Op::write("gone", vec![7; 100_000]), Op::unlink("gone")]);
+    ops.extend([Op::rmdir("anew"), Op::mkdir("anew"), Op::write("anew/f", "1"), Op::rename("anew/f", "moved")]);
+    // Whiteouts, which may be one inode with many names.
+    ops.extend(names().map(Op::unlink));
+    ops.extend((0..200).map(|n| Op::write(format!("n/many-{n}"), "1")));
+    write(subject, B, &[A], &ops)?;
+    subject.driver().release(B)?;
+    let active = settled(|| subject.driver().usage(B))?;
+    assert!(active.inodes > 200, "{active:?}");
+    subject.driver().commit(B)?;
+    assert_eq!(subject.driver().usage(B)?, active, "while it was active, and once it is committed");
+    Ok(())
+}
+
+/// What the filesystem tells when it has allocated and freed, in the background, what it was asked to.
+fn settled(usage: impl Fn() -> Result<Usage>) -> Result<Usage> {
+    rustix::fs::sync();
+    let mut last = usage()?;
+    for _ in 0..20 {
+        thread::sleep(Duration::from_millis(300));
+        let now = usage()?;
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    Ok(last)
 }
 
 fn threads(subject: &mut dyn Subject) -> Result<()> {
