@@ -238,7 +238,7 @@ fn a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one() {
     // Before anything is measured.
     home.fails(
         2,
-        &format!("format=table; {again} doctored.json").replace("256k", "128k"),
+        &format!("format=table; {again} doctored.json").replace("256k", "128k").replace("append", "depth"),
         &["256 KiB", "128 KiB", "--size"],
     );
     assert_eq!(told["format"], 1);
@@ -307,7 +307,7 @@ fn what_was_asked_for_or_measured_before_and_cannot_be_now_fails() {
         "mkdir doomed; (until ls -d graphdriver-bench-* 2>/dev/null; do sleep 0.01; done; rmdir doomed; touch doomed) >/dev/null & \
          {bench} --drivers overlay2 -o doomed"
     );
-    let told = home.fails(1, &script, &["doomed", "shown above"]);
+    let told = home.fails(4, &script, &["doomed", "shown above"]);
     assert!(told.contains("overlay2 on ext4"), "{told}");
     assert_nothing_is_left(&home);
 }

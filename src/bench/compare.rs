@@ -85,6 +85,15 @@ pub fn conditions(old: &Results, new: &Results) -> Vec<String> {
             let options = |of: &super::results::Subject| format!("{:?}", of.driver_options);
             differ(&format!("{}: its strategy", subject.name), before.strategy.clone(), subject.strategy.clone());
             differ(&format!("{}: its options", subject.name), options(before), options(subject));
+            // Older versions did not tell.
+            for (what, before, now) in [
+                ("what its layers are mounted with", &before.layer_options, &subject.layer_options),
+                ("what made its filesystem", &before.made_with, &subject.made_with),
+            ] {
+                if let Some((before, now)) = before.as_ref().zip(now.as_ref()) {
+                    differ(&format!("{}: {what}", subject.name), before.clone(), now.clone());
+                }
+            }
             differ(
                 &format!("{}: how it is mounted", subject.name),
                 before.mount_options.clone(),

@@ -263,12 +263,15 @@ impl Bench<'_> {
         stand.layer(|_| Ok(()))?;
         stand.container()?;
         // Mounts of layers are shown in no table; of those on thin devices it is told what they were asked for.
-        let own = if plan.kind == Kind::Whole { stand.recipe_options()? } else { None };
+        let asked = stand.recipe_options()?;
+        let own = if plan.kind == Kind::Whole { asked.clone() } else { None };
         Ok(Subject {
             name: plan.name.clone(),
             driver: plan.driver.map(str::to_owned),
             filesystem: plan.filesystem.clone(),
             mount_options: own.map_or_else(|| stand.medium().mount_options(), Ok)?,
+            layer_options: asked,
+            made_with: plan.kind.made_with(),
             driver_options: plan.options.0.iter().cloned().collect(),
             strategy: stand.strategy().unwrap_or_else(|| in_place(plan.kind).into()),
         })

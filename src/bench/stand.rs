@@ -108,12 +108,14 @@ impl Stand {
         &self.medium
     }
 
-    /// What the first container is asked to be mounted with; None of a plain directory.
+    /// What the first container is asked to be mounted with, without places, which are others each time; None of a plain
+    /// directory.
     pub fn recipe_options(&self) -> Result<Option<String>> {
         let layer = self.containers.first().and_then(|container| container.layer);
         let (Tree::Layered { layers, .. }, Some(layer)) = (&self.tree, layer) else { return Ok(None) };
         let recipe = layers.mount(layer, Access::ReadWrite)?;
         let options = recipe.iter().flat_map(|step| &step.options).map(String::as_str);
+        let options = options.filter(|option| !option.contains('/') && !option.starts_with("lowerdir"));
         Ok(Some(["rw"].into_iter().chain(options.filter(|option| *option != "rw")).collect::<Vec<_>>().join(",")))
     }
 

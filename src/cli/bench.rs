@@ -101,6 +101,7 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "DISK WRITTEN",
         "AMPLIFICATION",
         "DISK READ",
+        "READ AMPL.",
         "FIRST",
         "LATER",
         "SPACE",
@@ -109,8 +110,13 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "CPU",
         "TIME",
     ];
-    out.list(&header, &all, |one| row(one))?;
-    output::line("")?;
+    // What tells the row, then bytes; the rest below, as all beside each other would be wider than most terminals.
+    let (rows, split) = (all.iter().map(|one| row(one)).collect::<Vec<_>>(), 8);
+    for columns in [3..split, split..header.len()] {
+        let part = [&header[..3], &header[columns.clone()]].concat();
+        out.list(&part, &rows, |row| [&row[..3], &row[columns.clone()]].concat())?;
+        output::line("")?;
+    }
     for subject in &results.subjects {
         output::line(format_args!("{}: {}; {}", subject.name, subject.strategy, subject.mount_options))?;
     }
@@ -132,8 +138,9 @@ fn row(one: &Measurement) -> Vec<String> {
         one.subject.clone(),
         size(median(|sample| Some(sample.written as f64).filter(|bytes| *bytes > 0.0))),
         size(median(|sample| Some(sample.device_written as f64))),
-        one.write_amplification().map_or_else(|| "-".into(), |spread| number(spread.median)),
+        one.write_amplification().map_or_else(|| "-".into(), spread),
         size(median(|sample| Some(sample.device_read as f64))),
+        one.read_amplification().map_or_else(|| "-".into(), |spread| number(spread.median)),
         time(median(|sample| sample.first.map(|first| first.median))),
         time(median(|sample| sample.later.map(|later| later.median))),
         size(median(|sample| Some(sample.space as f64))),
@@ -152,6 +159,12 @@ fn number(value: f64) -> String {
         _ if value < 100.0 => format!("{value:.1}"),
         _ => format!("{value:.0}"),
     }
+}
+
+/// The median; in brackets the smallest and the largest, if they differ.
+fn spread(of: Spread) -> String {
+    let [median, min, max] = [of.median, of.min, of.max].map(number);
+    if min == max { median } else { format!("{median} ({min}–{max})") }
 }
 
 /// As the report has them: `16 MiB`, `4.5 KiB`.
