@@ -111,7 +111,9 @@ impl Stand {
     /// What the first container is asked to be mounted with, without places, which are others each time; None of a plain
     /// directory.
     pub fn recipe_options(&self) -> Result<Option<String>> {
-        let layer = self.containers.first().and_then(|container| container.layer);
+        // A program that serves a layer is started by asking, and has its options from the driver's.
+        let asked = self.containers.first().filter(|container| !container.in_user_space);
+        let layer = asked.and_then(|container| container.layer);
         let (Tree::Layered { layers, .. }, Some(layer)) = (&self.tree, layer) else { return Ok(None) };
         let recipe = layers.mount(layer, Access::ReadWrite)?;
         let options = recipe.iter().flat_map(|step| &step.options).map(String::as_str);
