@@ -295,6 +295,13 @@ fn a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one() {
     let told: Value =
         serde_json::from_str(&home.fails(1, &format!("format=json; {again} doctored.json"), &["append"])).unwrap();
     assert_eq!(told["comparison"][0]["worse"], true, "{told:#}");
+    assert!(told["comparison_notes"].is_array(), "{told:#}");
+    // Before anything is measured.
+    home.fails(
+        2,
+        &format!("format=table; {again} doctored.json").replace("256k", "128k").replace("append", "depth"),
+        &["256 KiB", "128 KiB", "--size"],
+    );
     assert_eq!(told["format"], 2);
     assert_nothing_is_left(&home);
 }
@@ -305,7 +312,8 @@ fn what_cannot_be_done_is_refused_before_anything_is_measured() {
     let home = Home::new();
     std::fs::write(home.path().join("results.json"), "{\"my\": \"own\"}").unwrap();
     let fails = |code, arguments: &str, says: &[&str]| {
-        home.fails(code, &format!("graphdriver bench write-amplification --scratch . {arguments}"), says);
+        let scratch = if arguments.contains("--scratch") { "" } else { "--scratch ." };
+        home.fails(code, &format!("graphdriver bench write-amplification {scratch} {arguments}"), says);
     };
     fails(2, "--drivers aufs", &["\"aufs\"", "known are overlay2, btrfs, zfs, devicemapper, vfs-fuse"]);
     fails(2, "--workloads fsck", &["\"fsck\"", "known are first-write, rewrite, append"]);
@@ -313,6 +321,9 @@ fn what_cannot_be_done_is_refused_before_anything_is_measured() {
     fails(2, "--drivers zfs --filesystems ext4", &["zfs", "with themselves"]);
     fails(2, "--size 1k", &["64K"]);
     fails(2, "--size much", &["much"]);
+    fails(2, "--size 99999999999999999999", &["1024T"]);
+    fails(2, "--drivers overlay2,zfs,btrfs --filesystems ext4", &["nothing to measure for btrfs, zfs"]);
+    fails(2, "--scratch demo.tar", &["demo.tar", "no directory"]);
     fails(2, "--repetitions 0", &["0 repetitions"]);
     fails(2, "--threshold 20%", &["--compare"]);
     fails(2, "--storage-opt dm.thinpooldev=tank", &["dm.thinpooldev", "of its own"]);
@@ -320,6 +331,7 @@ fn what_cannot_be_done_is_refused_before_anything_is_measured() {
     fails(2, "--compare demo.tar", &["demo.tar", "no results of graphdriver bench"]);
     fails(3, "--compare nowhere.json", &["nowhere.json"]);
     fails(4, "-o .", &["results.json is there already", "-o"]);
+    fails(2, "-o demo.tar/x", &["demo.tar/x", "another directory with -o"]);
     fails(8, "--size 900T", &["has", "free", "--scratch"]);
     // A user who may enter the home, which is root's alone.
     let script = "chmod 711 .; cp \"$(command -v graphdriver)\" .; cd /
@@ -329,6 +341,91 @@ fn what_cannot_be_done_is_refused_before_anything_is_measured() {
     assert!(said.contains("needs root") && said.contains("sudo"), "{said}");
     assert_eq!(out.status.code(), Some(7));
     assert_nothing_is_left(&home);
+}
+
+/// A driver that stopped working is not passed over.
+#[test]
+fn what_was_asked_for_or_measured_before_and_cannot_be_now_fails() {
+    let test = "what_was_asked_for_or_measured_before_and_cannot_be_now_fails";
+    needs!("what_was_asked_for_or_measured_before_and_cannot_be_now_fails", "mkfs.ext4");
+    if skipped(test, (!vfs_fuse()).then(|| "vfs-fuse and /dev/fuse are not both there".into())) {
+        return;
+    }
+    let home = Home::new();
+    let bench = "graphdriver bench write-amplification --scratch . --filesystems ext4 --workloads first-write --size 64k \
+                 --repetitions 1";
+    home.ok(&format!("{bench} --drivers overlay2,vfs-fuse -o before"));
+    let broken = format!("{bench} -o out --storage-opt vfs-fuse.mount_program=/nonexistent");
+    let of_fuse = ["vfs-fuse", "could not be measured"];
+    home.fails(6, &format!("{broken} --drivers overlay2,vfs-fuse"), &of_fuse);
+    let compare = format!("{broken} --drivers overlay2,vfs-fuse --compare before/results.json");
+    let told = home.fails(1, &compare, &["not now", "vfs-fuse on ext4 first-write 64 KiB"]);
+    assert!(told.contains("GONE"), "{told}");
+    // Who did not ask for it does not miss it.
+    home.ok(&format!("{bench} -o out --drivers overlay2 --compare before/results.json --threshold 100%"));
+    // Gone while it was measuring: the table is shown all the same.
+    let script = format!(
+        "mkdir doomed; (until ls -d graphdriver-bench-* 2>/dev/null; do sleep 0.01; done; rmdir doomed; touch doomed) >/dev/null & \
+         {bench} --drivers overlay2 -o doomed"
+    );
+    let told = home.fails(4, &script, &["doomed", "shown above"]);
+    assert!(told.contains("overlay2 on ext4"), "{told}");
+    assert_nothing_is_left(&home);
+}
+
+/// The only moment when a layer of vfs-fuse is mounted under a name.
+#[test]
+fn killed_while_sqlite_works_on_vfs_fuse_it_leaves_nothing() {
+    needs!("killed_while_sqlite_works_on_vfs_fuse_it_leaves_nothing", "mkfs.ext4");
+    let test = "killed_while_sqlite_works_on_vfs_fuse_it_leaves_nothing";
+    if skipped(test, (!vfs_fuse()).then(|| "vfs-fuse and /dev/fuse are not both there".into())) {
+        return;
+    }
+    let home = Home::new();
+    let arguments = "bench write-amplification --filesystems ext4 --size 4M --drivers vfs-fuse --workloads sqlite";
+    let mut bench = Command::new(GRAPHDRIVER)
+        .args(arguments.split(' '))
+        .args(["--scratch", "."])
+        .env("TMPDIR", home.path())
+        .current_dir(home.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (deadline, place) = (Instant::now() + Duration::from_secs(60), home.path().join("graphdriver-bench-"));
+    let mounted =
+        |mounts: String| mounts.lines().any(|line| line.contains(place.to_str().unwrap()) && line.contains(" fuse."));
+    let threads = format!("/proc/{}/task", bench.id());
+    let namespace = loop {
+        let mut all = std::fs::read_dir(&threads).unwrap().flatten().map(|thread| thread.path());
+        if all.any(|thread| std::fs::read_to_string(thread.join("mounts")).is_ok_and(mounted)) {
+            break std::fs::read_link(format!("/proc/{}/ns/mnt", bench.id())).unwrap();
+        }
+        let over = bench.try_wait().unwrap().is_some() || Instant::now() > deadline;
+        assert!(!over, "it never worked on a database");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    let _kill = KillsIn(namespace);
+    bench.kill().unwrap();
+    bench.wait().unwrap();
+    let empty = std::fs::read_dir(home.path()).unwrap().flatten().map(|entry| entry.path());
+    empty.filter(|path| path.is_dir()).for_each(|path| std::fs::remove_dir(path).unwrap());
+    assert_nothing_is_left(&home);
+}
+
+/// Ends what is left in a mount namespace.
+struct KillsIn(std::path::PathBuf);
+
+impl Drop for KillsIn {
+    fn drop(&mut self) {
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let id = process.file_name().to_str().and_then(|name| name.parse().ok());
+            let there = || std::fs::read_link(process.path().join("ns/mnt")).is_ok_and(|one| one == self.0);
+            if let Some(id) = id.filter(|_| there()) {
+                let _ = kill(Pid::from_raw(id), Signal::SIGKILL);
+            }
+        }
+    }
 }
 
 #[test]

@@ -31,9 +31,25 @@ impl Kind {
         match self {
             Kind::Ext4 => &["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"],
             Kind::Xfs => &["mkfs.xfs", "-q", "-f", "-K"],
-            Kind::Btrfs => &["mkfs.btrfs", "-q", "-f", "-K"],
+            // As it chooses by itself; told, since what is double is written twice.
+            Kind::Btrfs => &["mkfs.btrfs", "-q", "-f", "-K", "-d", "single", "-m", "dup"],
             Kind::Zfs | Kind::Whole => &[],
         }
+    }
+
+    /// The command that makes it, and its version; None of what is made otherwise.
+    pub fn made_with(self) -> Option<String> {
+        let command = self.mkfs();
+        let version = Command::new(command.first()?)
+            .arg("-V")
+            .env("PATH", search_path())
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .output()
+            .map(|out| [out.stdout, out.stderr].concat())
+            .unwrap_or_default();
+        let version = String::from_utf8_lossy(&version);
+        Some(format!("{} ({})", command.join(" "), version.lines().next().unwrap_or("of an unknown version").trim()))
     }
 
     fn mount_options(self) -> &'static [&'static str] {
@@ -246,6 +262,11 @@ pub(super) fn settle(dir: &File) -> Result<()> {
     run_with(&mut command, dir.try_clone()?.into(), "util-linux").doing(|| "freezing xfs, to have its metadata written")
 }
 
+/// Also where Debian has such programs, and not everybody's PATH leads.
+fn search_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
 /// Runs a program of `package` to its end; what it says on standard error is the reason if it fails.
 fn run(command: &mut Command, package: &str) -> Result<()> {
     run_with(command, Stdio::null(), package)
@@ -253,9 +274,7 @@ fn run(command: &mut Command, package: &str) -> Result<()> {
 
 fn run_with(command: &mut Command, stdin: Stdio, package: &str) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
-    // Where Debian has it, and not everybody's PATH leads.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").stdin(stdin);
+    command.env("PATH", search_path()).env("LC_ALL", "C").stdin(stdin);
     let out = command.output().map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => Error::new(ErrorKind::Unsupported, format!("{program} is not installed"))
             .hint(format!("apt-get install {package}")),

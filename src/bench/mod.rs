@@ -50,8 +50,34 @@ pub struct Options {
     pub storage_opts: DriverOptions,
 }
 
+/// See [`plan`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Planned {
+    /// Names of [`Subject`]s.
+    pub subjects: Vec<String>,
+    /// Whether these are all that there are: no choice was made.
+    pub everything: bool,
+    /// Names of workloads, each with a case of it.
+    pub cases: Vec<(String, String)>,
+    /// Size of the large lower file, in bytes.
+    pub size: u64,
+}
+
+impl Planned {
+    /// Whether it is to be measured, or was to.
+    pub fn has(&self, one: &Measurement) -> bool {
+        // The second pass is told apart, and runs with the first.
+        let workload = one.workload.strip_suffix("-again").unwrap_or(&one.workload);
+        (self.everything || self.subjects.contains(&one.subject))
+            && self.cases.iter().any(|(name, case)| name == workload && *case == one.case)
+    }
+}
+
 /// The smallest size of the large lower file.
 const LEAST: u64 = 64 << 10;
+
+/// The largest: beyond what any device holds, and far from where sums of it overflow.
+const MOST: u64 = 1 << 50;
 
 /// What the devices have besides room for large files.
 const ROOM: u64 = 4 << 30;
@@ -59,6 +85,26 @@ const ROOM: u64 = 4 << 30;
 /// The names of the workloads.
 pub fn workload_names() -> impl Iterator<Item = &'static str> {
     workloads::ALL.iter().map(|workload| workload.name)
+}
+
+/// What a run is to measure, if nothing fails.
+///
+/// # Errors
+///
+/// If there are no such drivers, filesystems or workloads, or some of them do not go together.
+pub fn plan(options: &Options) -> Result<Planned> {
+    let plans = plan::subjects(&options.drivers, &options.filesystems, &options.storage_opts)?;
+    let sizes = Sizes { large: options.size.0.min(MOST) / 4096 * 4096 };
+    let of = |workload: &&'static Workload| {
+        let name = workload.name;
+        (workload.cases)(&sizes).into_iter().map(move |case| (name.to_owned(), case.label)).collect::<Vec<_>>()
+    };
+    Ok(Planned {
+        subjects: plans.into_iter().map(|plan| plan.name).collect(),
+        everything: options.drivers.is_empty() && options.filesystems.is_empty() && options.storage_opts.0.is_empty(),
+        cases: plan::workloads(&options.workloads)?.iter().flat_map(of).collect(),
+        size: sizes.large,
+    })
 }
 
 /// Measures. What cannot be measured, because something is missing or has failed, is in [`Results::skipped`].
@@ -104,6 +150,9 @@ fn check(options: &Options) -> Result<Sizes> {
     if options.size.0 < LEAST {
         return Err(invalid(format!("the large file's size is {} bytes", options.size.0)).hint("64K is the smallest"));
     }
+    if options.size.0 > MOST {
+        return Err(invalid(format!("the large file's size is {} bytes", options.size.0)).hint("1024T is the largest"));
+    }
     if options.repetitions == 0 {
         return Err(
             invalid("0 repetitions measure nothing".into()).hint("1 is the least, 3 tell how far results lie apart")
@@ -117,7 +166,11 @@ fn check(options: &Options) -> Result<Sizes> {
     }
     let sizes = Sizes { large: options.size.0 / 4096 * 4096 };
     let scratch = &options.scratch;
-    let there = statvfs(scratch).doing(|| format!("looking at the scratch directory {}", scratch.display()))?;
+    let doing = || format!("looking at the scratch directory {}", scratch.display());
+    if !scratch.metadata().doing(doing)?.is_dir() {
+        return Err(invalid(format!("{} is no directory", scratch.display())).hint("name one with --scratch"));
+    }
+    let there = statvfs(scratch).doing(doing)?;
     let free = there.f_bavail * there.f_frsize;
     if free < sizes.room() {
         let why = format!(
@@ -210,12 +263,15 @@ impl Bench<'_> {
         stand.layer(|_| Ok(()))?;
         stand.container()?;
         // Mounts of layers are shown in no table; of those on thin devices it is told what they were asked for.
-        let own = if plan.kind == Kind::Whole { stand.recipe_options()? } else { None };
+        let asked = stand.recipe_options()?;
+        let own = if plan.kind == Kind::Whole { asked.clone() } else { None };
         Ok(Subject {
             name: plan.name.clone(),
             driver: plan.driver.map(str::to_owned),
             filesystem: plan.filesystem.clone(),
             mount_options: own.map_or_else(|| stand.medium().mount_options(), Ok)?,
+            layer_options: asked,
+            made_with: plan.kind.made_with(),
             driver_options: plan.options.0.iter().cloned().collect(),
             strategy: stand.strategy().unwrap_or_else(|| in_place(plan.kind).into()),
         })

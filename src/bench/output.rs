@@ -30,8 +30,20 @@ fn json(results: &Results) -> Result<String> {
     Ok(text)
 }
 
-/// Fails if the directory holds files of these names that no run has written: they would be overwritten.
+/// Fails if nothing can be written into the directory, or if it holds files of these names that no run has written: they
+/// would be overwritten. A directory that is not there is not there afterwards either.
 pub fn check(dir: &Path) -> Result<()> {
+    let new: Vec<&Path> = dir
+        .ancestors()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .take_while(|dir| dir.symlink_metadata().is_err())
+        .collect();
+    let written = fs::create_dir_all(dir).and_then(|()| tempfile::tempfile_in(dir)).map(drop);
+    // What others have put into it meanwhile stays.
+    new.into_iter().for_each(|dir| drop(fs::remove_dir(dir)));
+    written
+        .doing(|| format!("trying whether results can be written into {}", dir.display()))
+        .hint(|| "name another directory with -o")?;
     let Some((taken, _)) = PARTS.iter().find(|(name, _)| dir.join(name).symlink_metadata().is_ok()) else {
         return Ok(());
     };
@@ -108,6 +120,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let there = dir.path().join("new/dir");
         check(&there).unwrap();
+        assert!(!dir.path().join("new").exists());
+        fs::write(dir.path().join("file"), "").unwrap();
+        let e = check(&dir.path().join("file/dir")).unwrap_err();
+        assert!(e.to_string().contains("file/dir") && e.to_string().contains("-o"), "{e}");
         write(&there, &empty()).unwrap();
         assert_eq!(read(&there.join(RESULTS)).unwrap(), empty());
         check(&there).unwrap();

@@ -40,8 +40,9 @@ const OURS: [&str; 11] = [
     "vfs-fuse.size",
 ];
 
-/// What to measure of drivers: empty lists mean all.
+/// What to measure of drivers: empty lists mean all. Whatever is asked for by name has a part in it.
 pub(super) fn subjects(drivers: &[String], filesystems: &[String], options: &Options) -> Result<Vec<Plan>> {
+    let asked = [drivers, filesystems];
     let drivers = chosen("storage driver", drivers, &registry::ALL)?;
     let filesystems = chosen("filesystem", filesystems, &FILESYSTEMS)?;
     refuse_places(options)?;
@@ -57,13 +58,33 @@ pub(super) fn subjects(drivers: &[String], filesystems: &[String], options: &Opt
     if drivers.contains(&"devicemapper") && filesystems.iter().any(|name| thin(name)) {
         plans.extend(devicemapper(&filesystems, options, &plans));
     }
-    if plans.is_empty() {
-        let why = format!("none of {} is measured on {}", drivers.join(", "), filesystems.join(", "));
+    let idle = idle(asked, &drivers, &filesystems, &plans);
+    if plans.is_empty() || !idle.is_empty() {
+        let (drivers, filesystems, idle) = (drivers.join(", "), filesystems.join(", "), idle.join(", "));
+        let why = format!("of {drivers} on {filesystems} there is nothing to measure for {idle}");
         let hint = "overlay2 and vfs-fuse go with ext4, xfs and btrfs, devicemapper with xfs and ext4, btrfs and zfs with \
                     themselves";
         return Err(Error::new(ErrorKind::InvalidInput, why).hint(hint));
     }
     Ok(plans)
+}
+
+/// Drivers and filesystems that were asked for by name and have no part in the plans.
+fn idle(
+    asked: [&[String]; 2],
+    drivers: &[&'static str],
+    filesystems: &[&'static str],
+    plans: &[Plan],
+) -> Vec<&'static str> {
+    let driver_used = |name: &str| plans.iter().any(|plan| plan.driver == Some(name));
+    // Of those that devicemapper could have it takes one.
+    let filesystem_used = |name: &str| {
+        let for_thin = thin(name) && drivers.contains(&"devicemapper");
+        for_thin || plans.iter().any(|plan| plan.driver.is_some() && plan.filesystem == name)
+    };
+    let drivers = drivers.iter().filter(|name| !asked[0].is_empty() && !driver_used(name));
+    let filesystems = filesystems.iter().filter(|name| !asked[1].is_empty() && !filesystem_used(name));
+    drivers.chain(filesystems).copied().collect()
 }
 
 /// Drivers whose data are directories of a filesystem.
@@ -172,6 +193,15 @@ mod tests {
         assert_eq!(all.iter().filter(|name| name.starts_with("plain")).count(), 4, "{all:?}");
         let e = names(&["zfs"], &["ext4"], &[]).unwrap_err();
         assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("zfs with themselves"), "{e}");
+        // Nobody is left out without a word.
+        for (drivers, filesystems, idle) in [
+            (&["overlay2", "zfs", "btrfs"][..], &["ext4"][..], "for btrfs, zfs"),
+            (&["overlay2"], &["ext4", "zfs"], "for zfs"),
+        ] {
+            let e = names(drivers, filesystems, &[]).unwrap_err();
+            assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains(idle), "{e}");
+        }
+        names(&["devicemapper"], &["ext4", "xfs"], &[]).unwrap();
     }
 
     #[cfg(feature = "vfs-fuse")]

@@ -51,6 +51,13 @@ pub struct Subject {
     pub filesystem: String,
     /// As the kernel shows them in mountinfo.
     pub mount_options: String,
+    /// What a layer is asked to be mounted with, without the places of its parts: `metacopy=on`, …. None for the plain
+    /// directory, and in runs of versions that did not tell.
+    #[serde(default)]
+    pub layer_options: Option<String>,
+    /// What made the filesystem, with its options. None where nothing did, and in runs of versions that did not tell.
+    #[serde(default)]
+    pub made_with: Option<String>,
     /// Its options, by name.
     pub driver_options: BTreeMap<String, String>,
     /// In words, with the unit: `copy-up (whole file)`, `redirect-on-write (64 KiB blocks)`.

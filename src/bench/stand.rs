@@ -10,6 +10,7 @@ use graphdriver_core::{
     Access, CommitInfo, Context, Error, ErrorKind, LayerId, LayerKind, LayerOptions, Layers, NewLayer, Options, Result,
     Root, mount, tar,
 };
+use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{sync, syncfs};
 use std::{
     fs::{self, File},
@@ -104,12 +105,16 @@ impl Stand {
         &self.medium
     }
 
-    /// What the first container is asked to be mounted with; None of a plain directory.
+    /// What the first container is asked to be mounted with, without places, which are others each time; None of a plain
+    /// directory.
     pub fn recipe_options(&self) -> Result<Option<String>> {
-        let layer = self.containers.first().and_then(|container| container.layer);
+        // A program that serves a layer is started by asking, and has its options from the driver's.
+        let asked = self.containers.first().filter(|container| !container.in_user_space);
+        let layer = asked.and_then(|container| container.layer);
         let (Tree::Layered { layers, .. }, Some(layer)) = (&self.tree, layer) else { return Ok(None) };
         let recipe = layers.mount(layer, Access::ReadWrite)?;
         let options = recipe.iter().flat_map(|step| &step.options).map(String::as_str);
+        let options = options.filter(|option| !option.contains('/') && !option.starts_with("lowerdir"));
         Ok(Some(["rw"].into_iter().chain(options.filter(|option| *option != "rw")).collect::<Vec<_>>().join(",")))
     }
 
@@ -169,15 +174,21 @@ impl Stand {
         &self.containers
     }
 
-    /// Calls `work` with a path to the container's root that has no symlink in it: for the time being it is mounted there.
-    pub fn attached<T>(&self, container: &Container, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    /// Calls `work` with a path to the container's root that has no symlink in it: for the time being it is mounted there,
+    /// for the thread alone that `work` runs on. In the namespace that a program which serves the layer lives in, mount and
+    /// program would keep each other if this process were killed.
+    pub fn attached<T: Send>(&self, container: &Container, work: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
         let Some(mounted) = &container.mount else { return work(&container.path) };
         let dir = tempfile::Builder::new().prefix("graphdriver-bench-").tempdir()?;
-        mount::attach(mounted.as_fd(), File::open(dir.path())?.as_fd())?;
-        let done = work(dir.path());
-        // The mount itself lives on, by its descriptor.
-        mount::unmount(dir.path(), true)?;
-        done
+        let alone = || {
+            unshare(CloneFlags::CLONE_NEWNS).map_err(io::Error::from).doing(|| "making a mount namespace")?;
+            mount::attach(mounted.as_fd(), File::open(dir.path())?.as_fd())?;
+            let done = work(dir.path());
+            // The mount itself lives on, by its descriptor.
+            mount::unmount(dir.path(), true)?;
+            done
+        };
+        std::thread::scope(|scope| scope.spawn(alone).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Returns when all that was written is on the device, if only in a log.

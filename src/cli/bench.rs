@@ -15,7 +15,7 @@ use graphdriver::{
     config,
     progress::{Cancel, Progress, Silent},
 };
-use graphdriver_core::{ByteSize, Error, ErrorKind, Result};
+use graphdriver_core::{Context, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -26,27 +26,37 @@ pub(crate) fn write_amplification(
     cancel: &Cancel,
 ) -> Result<()> {
     let old = args.compare.as_deref().map(files::read).transpose()?;
+    let options = options(&args, global)?;
+    let planned = bench::plan(&options)?;
+    if let Some(old) = &old {
+        compare::check(old, &planned)?;
+    }
     files::check(&args.output)?;
     let bars = Bars::counting_on_terminal();
     let progress: &dyn Progress = bars.as_ref().map_or(&Silent, |bars| bars);
-    let results = bench::run(&options(&args, global)?, progress, cancel)?;
+    let results = bench::run(&options, progress, cancel)?;
     if results.measurements.is_empty() {
         let reasons: Vec<_> = results.skipped.iter().map(|one| format!("{}: {}", one.subject, one.reason)).collect();
         return Err(Error::new(ErrorKind::Unsupported, reasons.join("; ")).doing("nothing could be measured"));
     }
-    files::write(&args.output, &results)?;
-    let differences = old.as_ref().map(|old| compare::compare(old, &results, args.threshold)).transpose()?;
+    // If that fails, what was measured is at least shown.
+    let written = files::write(&args.output, &results);
+    let differences = old.as_ref().map(|old| compare::compare(old, &results, &planned, args.threshold));
     if out.is_json() {
-        output::json(&Told { results: &results, comparison: differences.as_deref() })?;
+        let notes = old.as_ref().map(|old| compare::conditions(old, &results));
+        output::json(&Told { results: &results, comparison: differences.as_deref(), comparison_notes: notes })?;
     } else {
         table(out, &results)?;
         if let Some((old, differences)) = old.as_ref().zip(differences.as_ref()) {
             comparison(out, old, &results, differences)?;
         }
+    }
+    written.doing(|| "keeping the results, which are shown above")?;
+    if !out.is_json() {
         let [results, report] = [files::RESULTS, files::REPORT].map(|name| args.output.join(name));
         output::line(format_args!("\nWritten to {}; to be read in {}", results.display(), report.display()))?;
     }
-    verdict(&results, differences.as_deref().unwrap_or_default(), args.threshold)
+    verdict(&options, &results, differences.as_deref().unwrap_or_default(), args.threshold)
 }
 
 /// The flags; neither the settings file nor the environment, whose options are those of the host's own data.
@@ -73,6 +83,9 @@ struct Told<'a> {
     results: &'a Results,
     #[serde(skip_serializing_if = "Option::is_none")]
     comparison: Option<&'a [Difference]>,
+    /// What makes it hard to compare.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    comparison_notes: Option<Vec<String>>,
 }
 
 /// By workload and case, so that those who did the same stand below each other.
@@ -88,6 +101,7 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "DISK WRITTEN",
         "AMPLIFICATION",
         "DISK READ",
+        "READ AMPL.",
         "FIRST",
         "LATER",
         "SPACE",
@@ -96,8 +110,13 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "CPU (whole machine)",
         "TIME",
     ];
-    out.list(&header, &all, |one| row(one))?;
-    output::line("")?;
+    // What tells the row, then bytes; the rest below, as all beside each other would be wider than most terminals.
+    let (rows, split) = (all.iter().map(|one| row(one)).collect::<Vec<_>>(), 8);
+    for columns in [3..split, split..header.len()] {
+        let part = [&header[..3], &header[columns.clone()]].concat();
+        out.list(&part, &rows, |row| [&row[..3], &row[columns.clone()]].concat())?;
+        output::line("")?;
+    }
     for subject in &results.subjects {
         output::line(format_args!("{}: {}; {}", subject.name, subject.strategy, subject.mount_options))?;
     }
@@ -114,7 +133,7 @@ fn table(out: &Output, results: &Results) -> Result<()> {
 fn row(one: &Measurement) -> Vec<String> {
     let median =
         |of: fn(&Sample) -> Option<f64>| Spread::of(one.samples.iter().filter_map(of)).map(|spread| spread.median);
-    let size = |bytes: Option<f64>| bytes.map_or_else(|| "-".into(), |bytes| ByteSize(bytes as u64).to_string());
+    let size = |bytes: Option<f64>| bytes.map_or_else(|| "-".into(), binary);
     let time = |micros: Option<f64>| micros.map_or_else(|| "-".into(), time);
     vec![
         one.workload.clone(),
@@ -122,8 +141,9 @@ fn row(one: &Measurement) -> Vec<String> {
         one.subject.clone(),
         size(median(|sample| Some(sample.written as f64).filter(|bytes| *bytes > 0.0))),
         size(median(|sample| Some(sample.device_written as f64))),
-        one.write_amplification().map_or_else(|| "-".into(), |spread| number(spread.median)),
+        one.write_amplification().map_or_else(|| "-".into(), spread),
         size(median(|sample| Some(sample.device_read as f64))),
+        one.read_amplification().map_or_else(|| "-".into(), |spread| number(spread.median)),
         time(median(|sample| sample.first.map(|first| first.median))),
         time(median(|sample| sample.later.map(|later| later.median))),
         size(median(|sample| sample.space.map(|bytes| bytes as f64))),
@@ -144,6 +164,22 @@ fn number(value: f64) -> String {
     }
 }
 
+/// The median; in brackets the smallest and the largest, if they differ.
+fn spread(of: Spread) -> String {
+    let [median, min, max] = [of.median, of.min, of.max].map(number);
+    if min == max { median } else { format!("{median} ({min}–{max})") }
+}
+
+/// As the report has them: `16 MiB`, `4.5 KiB`.
+fn binary(bytes: f64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut value, mut unit) = (bytes, 0);
+    while value >= 1024.0 && unit + 1 < units.len() {
+        (value, unit) = (value / 1024.0, unit + 1);
+    }
+    format!("{} {}", number(value).trim_end_matches(".00").trim_end_matches(".0"), units[unit])
+}
+
 fn time(micros: f64) -> String {
     let (value, unit) = match micros {
         _ if micros < 1000.0 => (micros, "µs"),
@@ -155,41 +191,73 @@ fn time(micros: f64) -> String {
 
 fn comparison(out: &Output, old: &Results, new: &Results, differences: &[Difference]) -> Result<()> {
     output::line(format_args!("\nSince {}:\n", old.began))?;
-    let header = ["WORKLOAD", "CASE", "SUBJECT", "AMPLIFICATION BEFORE", "NOW", "CHANGE", "SPACE", "FIRST", ""];
+    let header = ["WORKLOAD", "CASE", "SUBJECT", "TO DISK BEFORE", "NOW", "CHANGE", "SPACE", "FIRST", ""];
     let change = |pair: Option<(f64, f64)>| match pair {
         Some((old, new)) if old > 0.0 => format!("{:+.0}%", (new / old - 1.0) * 100.0),
         Some((old, new)) if old == new => "+0%".into(),
         _ => "-".into(),
     };
     out.list(&header, differences, |one| {
-        let times =
-            |pick: fn((f64, f64)) -> f64| one.amplification.map_or_else(|| "-".into(), |pair| number(pick(pair)));
+        // Work that writes no data has bytes alone.
+        let to_disk = |pick: fn((f64, f64)) -> f64| match (one.amplification, one.device_written) {
+            (Some(pair), _) => format!("{}×", number(pick(pair))),
+            (None, Some(pair)) => binary(pick(pair)),
+            (None, None) => "-".into(),
+        };
         vec![
             one.workload.clone(),
             one.case.clone(),
             one.subject.clone(),
-            times(|pair| pair.0),
-            times(|pair| pair.1),
-            change(one.amplification),
+            to_disk(|pair| pair.0),
+            to_disk(|pair| pair.1),
+            change(one.amplification.or(one.device_written)),
             change(one.space),
             change(one.first),
-            if one.worse { "WORSE" } else { "" }.into(),
+            match one {
+                Difference { gone: true, .. } => "GONE",
+                Difference { worse: true, .. } => "WORSE",
+                _ => "",
+            }
+            .into(),
         ]
     })?;
     compare::conditions(old, new).iter().try_for_each(|one| output::line(format_args!("note: {one}")))
 }
 
 /// What was not measured as it should have been, or has become worse.
-fn verdict(results: &Results, differences: &[Difference], threshold: f64) -> Result<()> {
-    let worse: Vec<_> = differences.iter().filter(|one| one.worse).collect();
+fn verdict(options: &Options, results: &Results, differences: &[Difference], threshold: f64) -> Result<()> {
+    let named = |pick: fn(&Difference) -> bool| {
+        let all = differences.iter().filter(|one| pick(one));
+        all.map(|one| format!("{} {} {}", one.subject, one.workload, one.case)).collect::<Vec<_>>().join(", ")
+    };
+    let (worse, gone) = (named(|one| one.worse), named(|one| one.gone));
+    let mut why = Vec::new();
     if !worse.is_empty() {
-        let names: Vec<_> = worse.iter().map(|one| format!("{} {} {}", one.subject, one.workload, one.case)).collect();
-        let why = format!("more than {}% more reaches the disk than before: {}", threshold * 100.0, names.join(", "));
-        return Err(Error::new(ErrorKind::Io, why));
+        why.push(format!("more than {}% more reaches the disk than before: {worse}", threshold * 100.0));
+    }
+    if !gone.is_empty() {
+        why.push(format!("measured before and not now, the last lines above say why: {gone}"));
+    }
+    if !why.is_empty() {
+        return Err(Error::new(ErrorKind::Io, why.join("; ")));
+    }
+    let missing = missing(options, results);
+    if !missing.is_empty() {
+        let why = format!("{} could not be measured; the last lines above say why", missing.join(", "));
+        return Err(Error::new(ErrorKind::Unsupported, why));
     }
     let failed = results.skipped.iter().filter(|one| one.workload.is_some() && one.subject != "all").count();
     match failed {
         0 => Ok(()),
         n => Err(Error::new(ErrorKind::Io, format!("{n} cases could not be measured; the last lines above say why"))),
     }
+}
+
+/// Drivers and filesystems that were asked for by name, and of which there is nothing.
+fn missing<'a>(options: &'a Options, results: &Results) -> Vec<&'a str> {
+    let drivers = results.subjects.iter().filter_map(|subject| subject.driver.as_deref());
+    let filesystems = results.subjects.iter().map(|subject| subject.filesystem.as_str());
+    let driver = options.drivers.iter().filter(|name| drivers.clone().all(|known| known != name.as_str()));
+    let filesystem = options.filesystems.iter().filter(|name| filesystems.clone().all(|known| known != name.as_str()));
+    driver.chain(filesystem).map(String::as_str).collect()
 }

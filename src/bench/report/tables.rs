@@ -99,10 +99,13 @@ pub(super) fn setup(view: View) -> String {
         facts.iter().map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(value))).collect();
     let mut html = format!("<dl>\n{facts}</dl>\n<div class=\"wide\"><table>\n");
     html.push_str("<thead><tr><th>subject</th><th>how it writes</th><th>filesystem</th><th>driver options</th>");
-    html.push_str("<th>mount options</th></tr></thead>\n<tbody>\n");
+    html.push_str("<th>mount options</th><th>layers mounted with</th><th>made with</th></tr></thead>\n<tbody>\n");
     for subject in &results.subjects {
         let options: Vec<String> = subject.driver_options.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        let cells = [&subject.strategy, &subject.filesystem, &options.join(", "), &subject.mount_options];
+        let told = |text: &Option<String>| text.clone().unwrap_or_else(|| "–".into());
+        let (layers, made) = (told(&subject.layer_options), told(&subject.made_with));
+        let options = options.join(", ");
+        let cells = [&subject.strategy, &subject.filesystem, &options, &subject.mount_options, &layers, &made];
         let cells: String = cells.iter().map(|cell| format!("<td class=\"text\">{}</td>", escape(cell))).collect();
         let _ = writeln!(html, "<tr>{}{cells}</tr>", subject_cell(subject));
     }

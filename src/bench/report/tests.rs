@@ -12,6 +12,8 @@ fn subject(name: &str, driver: Option<&str>, filesystem: &str, strategy: &str) -
         driver: driver.map(str::to_owned),
         filesystem: filesystem.to_owned(),
         mount_options: "rw,relatime".to_owned(),
+        layer_options: None,
+        made_with: None,
         driver_options: BTreeMap::new(),
         strategy: strategy.to_owned(),
     }
@@ -199,6 +201,8 @@ fn hostile_names_are_text() {
         let old = subject.name.clone();
         subject.name = format!("{hostile} {old}");
         subject.mount_options = hostile.to_owned();
+        subject.layer_options = Some(hostile.to_owned());
+        subject.made_with = Some(hostile.to_owned());
         subject.filesystem.push_str(hostile);
         subject.strategy = hostile.to_owned();
         subject.driver_options.insert(hostile.to_owned(), hostile.to_owned());
