@@ -4,6 +4,7 @@
 
 mod chown;
 mod filter;
+mod idmapped;
 mod labels;
 mod names;
 mod page;
@@ -19,6 +20,8 @@ use graphdriver_core::{
     Access, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Result, Usage,
     store::{self, CommitInfo, LayerKind},
 };
+use idmapped::{Places, Ready};
+use labels::IdMaps;
 use names::Names;
 use sight::Mark;
 use std::{
@@ -30,6 +33,7 @@ use std::{
 pub struct Snapshots {
     engine: Engine,
     names: Names,
+    places: Places,
     _sole: File,
 }
 
@@ -43,7 +47,12 @@ impl Snapshots {
         let path = engine.layers.dir().join("snapshotter.lock");
         let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Snapshots { engine, names: Names::default(), _sole: lock }),
+            Ok(()) => {
+                let places = Places::of(engine.layers.dir());
+                let snapshots = Snapshots { engine, names: Names::default(), places, _sole: lock };
+                snapshots.tidy();
+                Ok(snapshots)
+            }
             Err(TryLockError::WouldBlock) => {
                 let why = format!("another snapshotter serves {}", engine.layers.dir().display());
                 Err(Error::new(ErrorKind::Busy, why).hint("stop it, or use another --root"))
@@ -73,10 +82,6 @@ impl Snapshots {
         let _turn = self.names.turn(key);
         let id_maps = labels::id_maps(labels)?;
         let limits = match kind {
-            LayerKind::View if id_maps.is_some() => {
-                return Err(Error::new(ErrorKind::Unsupported, "ids are mapped by changing the owners of files")
-                    .hint("a view takes no changes: prepare an active snapshot"));
-            }
             // Nothing is written to it. containerd hands some labels on from other snapshots.
             LayerKind::View => Limits::default(),
             _ => labels::limits(labels)?,
@@ -89,22 +94,81 @@ impl Snapshots {
         let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
         let layer = layers.create(kind, below, &options)?;
         let mut recipe = self.recipe(layer.id(), kind)?;
-        if let Some(maps) = id_maps {
-            chown::shift(&recipe, &maps).doing(|| "mapping its ids")?;
-            recipe = self.recipe(layer.id(), kind)?;
+        let mut ready = None;
+        if let Some(maps) = &id_maps {
+            match self.ready(layer.id(), &recipe, maps) {
+                Ok(made) => ready = Some(made),
+                Err(e) if not_here(&e) => {
+                    self.give_away(kind, &recipe, maps, &e)?;
+                    recipe = self.recipe(layer.id(), kind)?;
+                }
+                Err(e) => return Err(e),
+            }
         }
+        let id = layer.id();
+        let shown = id_maps.filter(|_| ready.is_some());
         layers.store().write(|tx| {
             row::refuse_taken(tx, key)?;
             layer.keep(tx, None)?;
-            row::insert(tx, key, layer.id(), labels)
+            row::insert(tx, key, id, labels, shown.as_ref().map(IdMaps::to_string).as_deref())
         })?;
+        match shown {
+            None => Ok(recipe),
+            // Whoever is refused takes it that there is no snapshot.
+            Some(maps) => self.id_mapped(key, id, &recipe, &maps, ready).inspect_err(|_| {
+                self.remove(key).unwrap_or_else(|e| tracing::warn!("{e}"));
+            }),
+        }
+    }
+
+    /// The mount that shows the layer with mapped ids, if there can be one here.
+    fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps) -> Result<Ready> {
+        let driver = self.engine.layers.driver();
+        match driver.capabilities().idmapped_mounts {
+            true => self.places.ready(layer, recipe, maps),
+            false => Err(Error::new(ErrorKind::Unsupported, format!("{} has no id-mapped mounts here", driver.name()))),
+        }
+    }
+
+    /// Gives all that the recipe shows to the ids of the container, as nothing shows it with those: `why` says so.
+    fn give_away(&self, kind: LayerKind, recipe: &[Mount], maps: &IdMaps, why: &Error) -> Result<()> {
+        if kind == LayerKind::View {
+            return Err(Error::new(ErrorKind::Unsupported, format!("its ids cannot be mapped by a mount: {why}"))
+                .hint("a view takes no changes of owners: prepare an active snapshot"));
+        }
+        tracing::info!("mapping ids by changing the owners of all files, as no mount can: {why}");
+        chown::shift(recipe, maps).doing(|| "mapping its ids")
+    }
+
+    fn id_mapped(
+        &self,
+        key: &str,
+        layer: LayerId,
+        recipe: &[Mount],
+        maps: &IdMaps,
+        ready: Option<Ready>,
+    ) -> Result<Vec<Mount>> {
+        let still = || match self.stat(key)?.layer == layer {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::NotFound, format!("there is no snapshot {key:?} any more"))),
+        };
+        let recipe = self.places.show(layer, recipe, maps, ready, still)?;
+        page::check(&recipe)?;
         Ok(recipe)
     }
 
     /// How to mount it: for writing if it is active.
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        let mounts = self.stat(key).and_then(|found| self.recipe(found.layer, found.kind));
-        mounts.doing(|| format!("describing the mounts of snapshot {key:?}"))
+        self.mounts_inner(key).doing(|| format!("describing the mounts of snapshot {key:?}"))
+    }
+
+    fn mounts_inner(&self, key: &str) -> Result<Vec<Mount>> {
+        let found = self.stat(key)?;
+        let recipe = self.recipe(found.layer, found.kind)?;
+        match found.id_maps {
+            None => Ok(recipe),
+            Some(maps) => self.id_mapped(key, found.layer, &recipe, &IdMaps::parse(&maps)?, None),
+        }
     }
 
     fn recipe(&self, layer: LayerId, kind: LayerKind) -> Result<Vec<Mount>> {
@@ -138,6 +202,9 @@ impl Snapshots {
             return Err(Error::new(ErrorKind::Unsupported, "it was prepared on another parent")
                 .hint("give the parent when the snapshot is prepared"));
         }
+        if active.id_maps.is_some() {
+            self.places.take_down(active.layer);
+        }
         layers.commit(active.layer, &CommitInfo::default(), |tx| match row::rename(tx, key, name, labels)? {
             true => Ok(()),
             false => row::get(tx, key).map(drop),
@@ -153,9 +220,14 @@ impl Snapshots {
                 return Err(Error::new(ErrorKind::Busy, "it has children").hint("remove those first"));
             }
             row::delete(tx, key)?;
-            layers.remove_in(tx, found.layer)
+            layers.remove_in(tx, found.layer)?;
+            Ok(found)
         });
-        removed.doing(|| format!("cannot remove snapshot {key:?}"))
+        let removed = removed.doing(|| format!("cannot remove snapshot {key:?}"))?;
+        if removed.id_maps.is_some() {
+            self.places.take_down(removed.layer);
+        }
+        Ok(())
     }
 
     /// What is known of it.
@@ -202,6 +274,17 @@ impl Snapshots {
         self.engine.layers.usage(found.layer)
     }
 
+    /// Undoes the mounts of what was removed while this or another process was killed.
+    fn tidy(&self) {
+        let wanted = || self.engine.layers.store().read(row::id_mapped);
+        match self.places.tidy(wanted) {
+            Ok(false) => {}
+            // What they held was in the way of those who have just recovered from the crash.
+            Ok(true) => drop(self.free_removed().inspect_err(|e| tracing::warn!("freeing what was removed: {e}"))),
+            Err(e) => tracing::warn!("undoing mounts of removed snapshots: {e}"),
+        }
+    }
+
     /// Frees what was removed here. What is still in use stays for the next time; returns how many layers that are.
     pub fn free_removed(&self) -> Result<u64> {
         self.engine.layers.sweep()
@@ -210,6 +293,7 @@ impl Snapshots {
     /// Frees what was removed, and what other processes left that were killed. What is still in use stays for the next
     /// time; returns how many layers that are.
     pub fn cleanup(&self) -> Result<u64> {
+        self.tidy();
         self.engine.layers.recover()?;
         self.free_removed()
     }
@@ -219,6 +303,11 @@ impl std::fmt::Debug for Snapshots {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Snapshots").field("store", &self.engine.layers.dir()).finish_non_exhaustive()
     }
+}
+
+/// Whether it is about what this kernel, filesystem or process cannot do, or the maps that it does not take.
+fn not_here(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput | ErrorKind::PermissionDenied)
 }
 
 fn phrase(kind: LayerKind) -> &'static str {
