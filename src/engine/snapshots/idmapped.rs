@@ -3,7 +3,7 @@
 //! They belong to the snapshot's row: a mount is attached only while there is one that wants it, and what has none is undone
 //! at the next [`tidy`](Places::tidy). Whoever is told of a mount has it made again if it is not there, as after a boot.
 //!
-//! containerd mounts what lies there, so it has to be in its mount namespace, which is taken to be that of the first process.
+//! containerd mounts what lies there, so it has to be in containerd's mount namespace, and a sandbox may have given us another.
 
 use super::labels::IdMaps;
 use graphdriver_core::{
@@ -54,28 +54,29 @@ impl Places {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the mount for a recipe that shows the layer, which nobody else knows yet.
-    pub(super) fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps) -> Result<Ready> {
+    /// Makes the mount for a recipe that shows the layer, which nobody else knows yet, for that process.
+    pub(super) fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps, mounter: Option<u32>) -> Result<Ready> {
         let userns = maps.user_namespace()?;
         let plan = IdMapped::plan(recipe, &self.place(layer))?;
-        where_containerd_is(|| plan.mount(userns.as_fd())).map(Ready)
+        with(mounter, || plan.mount(userns.as_fd())).map(Ready)
     }
 
-    /// Has the mount in its place, `ready` or made now, and tells the recipe that leads there. `still` fails if there is no
-    /// such snapshot any more.
+    /// Has the mount in its place for that process, `ready` or made now, and tells the recipe that leads there. `still` fails
+    /// if there is no such snapshot any more.
     pub(super) fn show(
         &self,
         layer: LayerId,
         recipe: &[Mount],
         maps: &IdMaps,
         ready: Option<Ready>,
+        mounter: Option<u32>,
         still: impl FnOnce() -> Result<()>,
     ) -> Result<Vec<Mount>> {
         let place = self.place(layer);
         let plan = IdMapped::plan(recipe, &place)?;
         let _turn = self.turn();
         still()?;
-        let attached = where_containerd_is(|| {
+        let attached = with(mounter, || {
             if is_mounted(&place)? {
                 return Ok(());
             }
@@ -94,7 +95,7 @@ impl Places {
         let _turn = self.turn();
         let place = self.place(layer);
         if place.exists() {
-            where_containerd_is(|| take_down(&place)).unwrap_or_else(|e| tracing::warn!("{e}"));
+            take_down(&place).unwrap_or_else(|e| tracing::warn!("{e}"));
         }
     }
 
@@ -108,28 +109,28 @@ impl Places {
         let wanted = wanted()?;
         let layers = names.flatten().filter_map(|name| name.file_name().to_str()?.parse::<LayerId>().ok());
         let left: Vec<_> = layers.filter(|layer| !wanted.contains(layer)).collect();
-        if !left.is_empty() {
-            where_containerd_is(|| left.iter().try_for_each(|layer| take_down(&self.place(*layer))))?;
-        }
+        left.iter().try_for_each(|layer| take_down(&self.place(*layer)))?;
         Ok(!left.is_empty())
     }
 }
 
-/// Does `work` in the mount namespace of the first process. Sandboxes give a service another one, where nobody else sees
-/// what it mounts.
-fn where_containerd_is<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Does `work` in the mount namespace of a process. Fails with `Unsupported` or `PermissionDenied` where there is no way.
+fn with<T: Send>(process: Option<u32>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let Some(process) = process else {
+        return Err(Error::new(ErrorKind::Unsupported, "the process that will mount it is out of sight"));
+    };
+    let path = format!("/proc/{process}/ns/mnt");
     let number = |path: &str| Ok::<_, Error>(fs::metadata(path).doing(|| format!("reading {path}"))?.ino());
-    let first = "/proc/1/ns/mnt";
-    if number(first)? == number("/proc/self/ns/mnt")? {
+    if number(&path)? == number("/proc/self/ns/mnt")? {
         return work();
     }
-    let namespace = File::open(first).doing(|| format!("opening {first}"))?;
+    let namespace = File::open(&path).doing(|| format!("opening {path}"))?;
     let there = || {
         // setns(2): not while the root is shared with other threads.
         nix::sched::unshare(CloneFlags::CLONE_FS)
             .and_then(|()| nix::sched::setns(&namespace, CloneFlags::CLONE_NEWNS))
             .map_err(std::io::Error::from)
-            .doing(|| "entering the mount namespace of the first process")
+            .doing(|| format!("entering the mount namespace of process {process}"))
             .hint(|| "it needs CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE")?;
         work()
     };
@@ -153,13 +154,13 @@ fn attach(mount: OwnedFd, place: &Path) -> Result<()> {
     rustix::mount::mount_change(place, MountPropagationFlags::PRIVATE).doing(|| "making the mount private")
 }
 
+/// Here and in all namespaces: as its mount point goes, the kernel undoes the mount wherever else it is (`vfs_rmdir`).
 fn take_down(place: &Path) -> Result<()> {
     while let unmounted = mount::unmount(place, true)
         && unmounted.as_ref().map_err(Error::kind) != Err(ErrorKind::NotFound)
     {
         unmounted?;
     }
-    // This also unmounts it in namespaces that were copied meanwhile (kernel `vfs_rmdir`).
     match fs::remove_dir(place) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).doing(|| format!("removing {}", place.display())),
         _ => Ok(()),

@@ -66,17 +66,33 @@ impl Snapshots {
         &self.engine
     }
 
-    /// Makes an active snapshot, and tells how to mount it.
-    pub fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(LayerKind::Active, key, parent, labels).doing(|| format!("preparing snapshot {key:?}"))
+    /// Makes an active snapshot, and tells the process `mounter` how to mount it.
+    ///
+    /// Labels can ask for mapped ids, which a mount shows that is made for this: in the mount namespace of `mounter`. Where
+    /// there can be none, owners are changed.
+    pub fn prepare(
+        &self,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        mounter: Option<u32>,
+    ) -> Result<Vec<Mount>> {
+        self.make(LayerKind::Active, key, parent, labels, mounter).doing(|| format!("preparing snapshot {key:?}"))
     }
 
-    /// Makes a snapshot that shows its parent and is never committed.
-    pub fn view(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(LayerKind::View, key, parent, labels).doing(|| format!("making the view {key:?}"))
+    /// Makes a snapshot that shows its parent and is never committed, as [`prepare`](Self::prepare) does.
+    pub fn view(&self, key: &str, parent: Option<&str>, labels: &Labels, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        self.make(LayerKind::View, key, parent, labels, mounter).doing(|| format!("making the view {key:?}"))
     }
 
-    fn make(&self, kind: LayerKind, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
+    fn make(
+        &self,
+        kind: LayerKind,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        mounter: Option<u32>,
+    ) -> Result<Vec<Mount>> {
         check_name(key)?;
         labels::check(labels)?;
         let _turn = self.names.turn(key);
@@ -96,7 +112,7 @@ impl Snapshots {
         let mut recipe = self.recipe(layer.id(), kind)?;
         let mut ready = None;
         if let Some(maps) = &id_maps {
-            match self.ready(layer.id(), &recipe, maps) {
+            match self.ready(layer.id(), &recipe, maps, mounter) {
                 Ok(made) => ready = Some(made),
                 Err(e) if not_here(&e) => {
                     self.give_away(kind, &recipe, maps, &e)?;
@@ -115,17 +131,17 @@ impl Snapshots {
         match shown {
             None => Ok(recipe),
             // Whoever is refused takes it that there is no snapshot.
-            Some(maps) => self.id_mapped(key, id, &recipe, &maps, ready).inspect_err(|_| {
+            Some(maps) => self.id_mapped((key, id), &recipe, &maps, ready, mounter).inspect_err(|_| {
                 self.remove(key).unwrap_or_else(|e| tracing::warn!("{e}"));
             }),
         }
     }
 
     /// The mount that shows the layer with mapped ids, if there can be one here.
-    fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps) -> Result<Ready> {
+    fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps, mounter: Option<u32>) -> Result<Ready> {
         let driver = self.engine.layers.driver();
         match driver.capabilities().idmapped_mounts {
-            true => self.places.ready(layer, recipe, maps),
+            true => self.places.ready(layer, recipe, maps, mounter),
             false => Err(Error::new(ErrorKind::Unsupported, format!("{} has no id-mapped mounts here", driver.name()))),
         }
     }
@@ -142,32 +158,32 @@ impl Snapshots {
 
     fn id_mapped(
         &self,
-        key: &str,
-        layer: LayerId,
+        (key, layer): (&str, LayerId),
         recipe: &[Mount],
         maps: &IdMaps,
         ready: Option<Ready>,
+        mounter: Option<u32>,
     ) -> Result<Vec<Mount>> {
         let still = || match self.stat(key)?.layer == layer {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::NotFound, format!("there is no snapshot {key:?} any more"))),
         };
-        let recipe = self.places.show(layer, recipe, maps, ready, still)?;
+        let recipe = self.places.show(layer, recipe, maps, ready, mounter, still)?;
         page::check(&recipe)?;
         Ok(recipe)
     }
 
-    /// How to mount it: for writing if it is active.
-    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        self.mounts_inner(key).doing(|| format!("describing the mounts of snapshot {key:?}"))
+    /// Tells the process `mounter` how to mount it: for writing if it is active.
+    pub fn mounts(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        self.mounts_inner(key, mounter).doing(|| format!("describing the mounts of snapshot {key:?}"))
     }
 
-    fn mounts_inner(&self, key: &str) -> Result<Vec<Mount>> {
+    fn mounts_inner(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
         let found = self.stat(key)?;
         let recipe = self.recipe(found.layer, found.kind)?;
         match found.id_maps {
             None => Ok(recipe),
-            Some(maps) => self.id_mapped(key, found.layer, &recipe, &IdMaps::parse(&maps)?, None),
+            Some(maps) => self.id_mapped((key, found.layer), &recipe, &IdMaps::parse(&maps)?, None, mounter),
         }
     }
 
