@@ -184,6 +184,30 @@ fn mapped_by_owners(s: &Service) {
     assert_eq!(s.stored().len(), 2);
 }
 
+/// As containerd 1.7 has it, which has changed the owners before it asks.
+fn what_is_the_containers_already_is_left_alone(s: &Service) {
+    base(s);
+    let tree = Tree::of(&s.prepare("remap", "base").unwrap());
+    run_as(0, 0, &tree, &["chown", "-Rh", "1000:2000", "."]);
+    drop(tree);
+    s.commit("remapped", "remap").unwrap();
+    let tree = Tree::of(&s.prepare_with("key", "remapped", maps()).unwrap());
+    assert_eq!([".", "plain", "all", "link"].map(|name| owner(&tree, name)), [(1000, 2000); 4]);
+    assert!(mounted(s, "self").is_empty());
+}
+
+#[test]
+fn what_is_the_containers_already_on_overlay2() {
+    let test = here("what_is_the_containers_already_on_overlay2");
+    on(&test, On::Overlay2, |s| what_is_the_containers_already_is_left_alone(&s));
+}
+
+#[test]
+fn what_is_the_containers_already_on_vfs_fuse() {
+    let test = here("what_is_the_containers_already_on_vfs_fuse");
+    on(&test, On::VfsFuse, |s| what_is_the_containers_already_is_left_alone(&s));
+}
+
 #[test]
 fn vfs_fuse_changes_owners() {
     on(&here("vfs_fuse_changes_owners"), On::VfsFuse, |s| mapped_by_owners(&s));

@@ -21,7 +21,7 @@ use graphdriver_core::{
     store::{self, CommitInfo, LayerKind},
 };
 use idmapped::{Places, Ready};
-use labels::IdMaps;
+use labels::{IdMap, IdMaps};
 use names::Names;
 use sight::Mark;
 use std::{
@@ -107,6 +107,10 @@ impl Snapshots {
             row::refuse_taken(db, key)?;
             parent.map(|parent| row::committed(db, parent)).transpose()
         })?;
+        let id_maps = match (id_maps, below) {
+            (Some(maps), Some(below)) if self.is_shifted(below, &maps)? => None,
+            (maps, _) => maps,
+        };
         let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
         let layer = layers.create(kind, below, &options)?;
         let mut recipe = self.recipe(layer.id(), kind)?;
@@ -135,6 +139,15 @@ impl Snapshots {
                 self.remove(key).unwrap_or_else(|e| tracing::warn!("{e}"));
             }),
         }
+    }
+
+    /// Whether the layer's files belong to the container already: containerd 1.7 changes owners itself where it does not know
+    /// that a snapshotter would, and asks for the mapping all the same. Only the root directory is looked at.
+    fn is_shifted(&self, layer: LayerId, maps: &IdMaps) -> Result<bool> {
+        let root = self.engine.view(layer)?.inode(Path::new("."))?;
+        let meta = root.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("layer {layer} has no root")))?.meta;
+        let shifted = |map: &IdMap, id: u32| Ok::<_, Error>(map.outside(0)? == id && map.outside(id).is_err());
+        Ok(shifted(&maps.users, meta.uid)? && shifted(&maps.groups, meta.gid)?)
     }
 
     /// The mount that shows the layer with mapped ids, if there can be one here.
