@@ -272,6 +272,8 @@ fn no_namespace_keeps_what_is_removed() {
         system("mount", &["--make-rshared", "/"]);
         let before = Elsewhere::start("slave");
         s.prepare_with("mapped", "base", maps()).unwrap();
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(table.lines().any(|line| line.contains("/idmapped/") && !line.contains(" shared:")), "{table}");
         let copies = [Elsewhere::start("slave"), Elsewhere::start("private")];
         assert_eq!(mounted(&s, "self").len(), 1);
         assert_eq!(copies.each_ref().map(|copy| mounted(&s, &copy.process()).len()), [1, 1]);
