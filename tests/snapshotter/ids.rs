@@ -6,13 +6,15 @@ use crate::{
     rigs::On,
     support::system,
 };
-use graphdriver_containerd_api::snapshots::{ViewSnapshotRequest, snapshots_client::SnapshotsClient};
+use graphdriver_containerd_api::snapshots::{Kind, ViewSnapshotRequest, snapshots_client::SnapshotsClient};
 use nix::sys::signal::Signal;
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 use tonic::Code;
 
@@ -112,7 +114,7 @@ fn mapped_by_mounts(s: Service) {
     assert!(s.stop().success());
     let s = Service::start(&dir, &driver);
     assert_eq!(s.mounts("mapped").unwrap(), mounts);
-    assert_eq!(mounted(&s, "self"), [place.clone()]);
+    assert_eq!(mounted(&s, "self"), std::slice::from_ref(place));
     signal(&s.child, Signal::SIGKILL);
     drop(s);
     system("umount", &[place.to_str().unwrap()]);
@@ -127,7 +129,7 @@ fn mapped_by_mounts(s: Service) {
     drop(tree);
     assert_eq!(mounted(&s, "self").len(), 2);
     s.remove("view").unwrap();
-    assert_eq!(mounted(&s, "self"), [place.clone()]);
+    assert_eq!(mounted(&s, "self"), std::slice::from_ref(place));
 
     // What is committed has no trace of whose it was.
     s.commit("done", "mapped").unwrap();
@@ -247,7 +249,7 @@ impl Elsewhere {
         let started = Elsewhere(child.unwrap());
         let comm = format!("/proc/{}/comm", started.0.id());
         while fs::read_to_string(&comm).unwrap() != "sleep\n" {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         started
     }
@@ -335,4 +337,77 @@ fn mapped_by_many_at_once() {
         s.cleanup().unwrap();
         assert_eq!(s.stored().len(), 1);
     });
+}
+
+/// Prepares, and commits or removes, until the service is killed.
+fn until_it_is_killed(s: &Service, round: u64) {
+    for n in 0.. {
+        let key = format!("key-{round}-{n}");
+        if s.prepare_with(&key, "base", maps()).is_err() {
+            return;
+        }
+        let done = match n % 3 {
+            0 => s.remove(&key),
+            1 => s.commit(&format!("name-{round}-{n}"), &key),
+            _ => Ok(()),
+        };
+        if done.is_err() {
+            return;
+        }
+    }
+}
+
+fn killed_at_any_moment(mut s: Service) {
+    let (dir, driver) = (s.root.parent().unwrap().to_owned(), s.driver.clone());
+    base(&s);
+    for round in 0..10u64 {
+        let pid = nix::unistd::Pid::from_raw(s.child.id() as i32);
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30 + round * 23));
+            nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+        });
+        until_it_is_killed(&s, round);
+        killer.join().unwrap();
+        drop(s);
+        s = Service::start(&dir, &driver);
+        // Only what is there and maps ids has a mount.
+        let (committed, active): (Vec<_>, Vec<_>) =
+            s.list(&[]).unwrap().into_iter().partition(|info| info.kind == Kind::Committed as i32);
+        let wanted = active.iter().map(|info| layer_of(&s, &info.name)).collect::<BTreeSet<_>>();
+        let there = mounted(&s, "self").into_iter().map(|place| place.file_name().unwrap().to_owned());
+        let odd: Vec<_> = there.filter(|layer| !wanted.contains(layer.to_str().unwrap())).collect();
+        assert!(odd.is_empty(), "{odd:?} of {wanted:?}");
+        for (infos, shown) in [(&committed, (5, 6)), (&active, (1005, 2006))] {
+            for info in infos {
+                let mounts = match info.kind == Kind::Committed as i32 {
+                    true => s.view("look", &info.name).unwrap(),
+                    false => s.mounts(&info.name).unwrap(),
+                };
+                assert_eq!(owner(&Tree::of(&mounts), "plain"), shown, "{}", info.name);
+                let _ = s.remove("look");
+            }
+        }
+        for info in active.iter().chain(committed.iter().filter(|info| info.name != "base")) {
+            s.remove(&info.name).unwrap();
+        }
+        s.cleanup().unwrap();
+        assert!(mounted(&s, "self").is_empty() && s.stored().len() == 1, "{:?}", s.stored());
+    }
+}
+
+fn layer_of(s: &Service, name: &str) -> String {
+    let told = s.command(&["inspect", "--type", "snapshot", name]);
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    told[0]["Layer"].to_string()
+}
+
+#[test]
+fn killed_at_any_moment_on_overlay2() {
+    on(&here("killed_at_any_moment_on_overlay2"), On::Overlay2, killed_at_any_moment);
+}
+
+#[cfg(feature = "btrfs")]
+#[test]
+fn killed_at_any_moment_on_btrfs() {
+    on(&here("killed_at_any_moment_on_btrfs"), On::Btrfs, killed_at_any_moment);
 }
