@@ -113,18 +113,10 @@ impl Snapshots {
         };
         let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
         let layer = layers.create(kind, below, &options)?;
-        let mut recipe = self.recipe(layer.id(), kind)?;
-        let mut ready = None;
-        if let Some(maps) = &id_maps {
-            match self.ready(layer.id(), &recipe, maps, mounter) {
-                Ok(made) => ready = Some(made),
-                Err(e) if not_here(&e) => {
-                    self.give_away(kind, &recipe, maps, &e)?;
-                    recipe = self.recipe(layer.id(), kind)?;
-                }
-                Err(e) => return Err(e),
-            }
-        }
+        let (recipe, ready) = match &id_maps {
+            None => (self.recipe(layer.id(), kind)?, None),
+            Some(maps) => self.recipe_mapping_ids(layer.id(), kind, maps, mounter)?,
+        };
         let id = layer.id();
         let shown = id_maps.filter(|_| ready.is_some());
         layers.store().write(|tx| {
@@ -138,6 +130,25 @@ impl Snapshots {
             Some(maps) => self.id_mapped((key, id), &recipe, &maps, ready, mounter).inspect_err(|_| {
                 self.remove(key).unwrap_or_else(|e| tracing::warn!("{e}"));
             }),
+        }
+    }
+
+    /// Of a new layer: with a mount that maps ids, or after its owners were changed.
+    fn recipe_mapping_ids(
+        &self,
+        layer: LayerId,
+        kind: LayerKind,
+        maps: &IdMaps,
+        mounter: Option<u32>,
+    ) -> Result<(Vec<Mount>, Option<Ready>)> {
+        let recipe = self.recipe(layer, kind)?;
+        match self.ready(layer, &recipe, maps, mounter) {
+            Ok(ready) => Ok((recipe, Some(ready))),
+            Err(e) if not_here(&e) => {
+                self.give_away(kind, &recipe, maps, &e)?;
+                Ok((self.recipe(layer, kind)?, None))
+            }
+            Err(e) => Err(e),
         }
     }
 
