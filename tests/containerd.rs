@@ -143,8 +143,8 @@ fn debian() -> String {
     format!("{}/docker.tar", String::from_utf8(made.stdout).unwrap().trim())
 }
 
-/// A small one, made of busybox, for the guest's slow processor: three layers with links and deletions.
-fn busybox() -> Vec<u8> {
+/// A layer made of busybox.
+fn busybox() -> Builder<Vec<u8>> {
     let mut base = Builder::new(Vec::new());
     for dir in ["bin", "etc", "opt", "tmp", "usr", "usr/share", "usr/share/doc"] {
         special(&mut base, dir, EntryType::Directory, "", 0o755);
@@ -155,13 +155,18 @@ fn busybox() -> Vec<u8> {
     }
     file(&mut base, "etc/os-release", b"ID=debian\n", 0o644);
     file(&mut base, "usr/share/doc/gone", b"gone", 0o644);
+    base
+}
+
+/// An image of it for the guest's slow processor: three layers with links and deletions.
+fn small() -> Vec<u8> {
     let mut middle = Builder::new(Vec::new());
     special(&mut middle, "usr/share/doc/busybox", EntryType::Link, "bin/busybox", 0o755);
     file(&mut middle, "usr/share/doc/kept", &[b'k'; 100_000], 0o640);
     let mut top = Builder::new(Vec::new());
     file(&mut top, "usr/share/doc/.wh.gone", b"", 0o600);
     file(&mut top, "etc/os-release", b"ID=busybox\n", 0o644);
-    let layers = [base, middle, top].map(|layer| layer.into_inner().unwrap()).into();
+    let layers = [busybox(), middle, top].map(|layer| layer.into_inner().unwrap()).into();
     archive(&[Image { layers, steps: vec!["ADD base", "ADD doc", "RUN rm"], names: vec!["busybox:1"] }])
 }
 
@@ -179,9 +184,62 @@ fn containerd_uses_in_guest(test: &str, driver: &str, device: &str) {
     let missing = || no_program(&["containerd", "ctr", "runc", "jq", "setpriv", "busybox"]);
     if !skipped_outside_guest(test, no_root().or_else(lacking).or_else(missing)) {
         let image = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(image.path(), busybox()).unwrap();
+        std::fs::write(image.path(), small()).unwrap();
         story(driver, image.path().to_str().unwrap(), 3, "busybox");
     }
+}
+
+/// A container in a user namespace, on a snapshot whose ids are mapped by a mount.
+const MAPPED: &str = r#"
+up
+ctr images import --snapshotter graphdriver "$ARCHIVE" > imported
+image=$(ctr images ls -q)
+mapped=(--uidmap 0:100000:65536 --gidmap 0:200000:65536 --remap-labels)
+ctr run --snapshotter graphdriver "${mapped[@]}" "$image" mapped /bin/sh -c '
+    echo $(tr -s " " < /proc/self/uid_map) $(stat -c %u:%g /etc); echo new > /new; chown 5:6 /new; chmod 700 /opt; rm /etc/os-release'
+ours() { grep -c "/root/[^/]*/idmapped/" /proc/self/mountinfo || :; }
+echo "mounts $(ours)"
+mkdir shown
+eval "$(sn mounts "$PWD/shown" mapped)"
+echo "outside $(stat -c %u:%g shown/new) $(stat -c %u:%g:%a shown/opt) $(ls shown/etc | grep -c os-release)"
+graphdriver mounts | grep -c mapped
+umount shown
+sn commit done mapped
+sn prepare plain done > /dev/null
+eval "$(sn mounts "$PWD/shown" plain)"
+echo "committed $(stat -c %u:%g shown/new) $(stat -c %u:%g:%a shown/opt) mounts $(ours)"
+umount shown
+sn rm plain
+graphdriver check > /dev/null
+"#;
+
+fn containerd_maps_ids(test: &str, driver: &str) {
+    let missing = || no_program(&["containerd", "ctr", "runc", "busybox", "setpriv", "mkfs.btrfs"]);
+    if skipped(test, no_root().or_else(missing)) {
+        return;
+    }
+    let home = Home::new();
+    let layers = vec![busybox().into_inner().unwrap()];
+    let image = Image { layers, steps: vec!["ADD base"], names: vec!["busybox:1"] };
+    std::fs::write(home.path().join("image.tar"), archive(&[image])).unwrap();
+    let said = home.ok_noisy(&format!(
+        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE=image.tar\n{TOOLS}\n{}\n{MAPPED}",
+        ground(driver)
+    ));
+    let told = "0 100000 65536 0:0\nmounts 1\noutside 100005:200006 100000:200000:700 0\n1\n\
+                committed 5:6 0:0:700 mounts 0\n";
+    assert_eq!(said, told);
+}
+
+#[test]
+fn containerd_maps_ids_on_overlay2() {
+    containerd_maps_ids("containerd_maps_ids_on_overlay2", "overlay2");
+}
+
+#[cfg(feature = "btrfs")]
+#[test]
+fn containerd_maps_ids_on_btrfs() {
+    containerd_maps_ids("containerd_maps_ids_on_btrfs", "btrfs");
 }
 
 fn story(driver: &str, archive: &str, layers: usize, os: &str) {

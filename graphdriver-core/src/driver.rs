@@ -257,7 +257,8 @@ pub struct Capabilities {
     pub inode_quota: bool,
     /// Whether [`GraphDriver::native_diff`] is there.
     pub native_diff: bool,
-    /// Whether its mounts can be id-mapped.
+    /// Whether its layers can be shown by [id-mapped mounts](crate::mount::IdMapped), as far as that can be told before
+    /// one is mounted.
     pub idmapped_mounts: bool,
     /// Whether a layer's own changes lie apart ([`GraphDriver::diff_dir`]), so that the layers of an image can be
     /// unpacked in parallel and before their parents.

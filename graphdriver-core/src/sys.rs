@@ -7,8 +7,10 @@ use rustix::{
     thread::UnshareFlags,
 };
 use std::{
+    fs::{self, File},
+    io,
     os::{
-        fd::{AsRawFd, BorrowedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::Command,
@@ -47,6 +49,41 @@ pub(crate) fn mount_setattr(
         )
     };
     if done == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
+}
+
+/// A new user namespace with these maps, as user_namespaces(7) has them. A child process has to exist while it is made.
+pub(crate) fn user_namespace(users: &str, groups: &str) -> io::Result<OwnedFd> {
+    let parent = std::process::id() as libc::pid_t;
+    // Not clone3(2): systemd's RestrictNamespaces= cannot look into its arguments and allows it nobody.
+    let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM and a stack this is fork(2): the child has a copy of all memory. As other threads may hold
+    // locks there, it makes system calls and nothing else.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } as libc::pid_t;
+    if pid == 0 {
+        // SAFETY: system calls without pointers.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // Orphaned before that, it would wait for ever.
+            while libc::getppid() == parent {
+                libc::pause();
+            }
+            libc::_exit(0);
+        }
+    }
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let made = (|| {
+        fs::write(format!("/proc/{pid}/uid_map"), users)?;
+        fs::write(format!("/proc/{pid}/gid_map"), groups)?;
+        Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())
+    })();
+    // SAFETY: `pid` is our own child, not waited for yet, so the number is nobody else's.
+    unsafe {
+        libc::kill(pid, libc::SIGKILL);
+        libc::waitpid(pid, std::ptr::null_mut(), 0);
+    }
+    made
 }
 
 /// Gives the calling thread a mount namespace, working directory and root of its own.

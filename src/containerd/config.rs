@@ -12,6 +12,8 @@ version = 2
 [proxy_plugins.graphdriver]
   type = "snapshot"
   address = {socket}
+  # Read since containerd 2.0: it need not change owners for user namespaces.
+  capabilities = ["remap-ids", "multi-remap-ids"]
   # Read since containerd 1.7.
   [proxy_plugins.graphdriver.exports]
     root = {root}

@@ -16,7 +16,7 @@ use std::{
     time::Instant,
 };
 use tokio::sync::Notify;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, transport::server::UdsConnectInfo};
 
 type Reply<T> = Result<Response<T>, Status>;
 
@@ -108,6 +108,12 @@ fn translate_new(snapshots: &Snapshots, key: &str, recipe: Vec<Mount>) -> Result
     })
 }
 
+/// Who has called, which is who mounts: containerd, whose shims share its mount namespace. None if it is hidden from us.
+fn process<T>(request: &Request<T>) -> Option<u32> {
+    let caller = request.extensions().get::<UdsConnectInfo>()?.peer_cred?.pid()?;
+    u32::try_from(caller).ok().filter(|pid| *pid > 0)
+}
+
 fn optional(name: &str) -> Option<&str> {
     Some(name).filter(|name| !name.is_empty())
 }
@@ -136,27 +142,27 @@ fn info(snapshot: Snapshot) -> api::Info {
 #[tonic::async_trait]
 impl snapshots_server::Snapshots for Service {
     async fn prepare(&self, request: Request<api::PrepareSnapshotRequest>) -> Reply<api::PrepareSnapshotResponse> {
-        let asked = request.get_ref().clone();
+        let (asked, mounter) = (request.get_ref().clone(), process(&request));
         self.call(Call::new("Prepare", &request, &request.get_ref().key), move |snapshots| {
-            let recipe = snapshots.prepare(&asked.key, optional(&asked.parent), &asked.labels)?;
+            let recipe = snapshots.prepare(&asked.key, optional(&asked.parent), &asked.labels, mounter)?;
             Ok(api::PrepareSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
         })
         .await
     }
 
     async fn view(&self, request: Request<api::ViewSnapshotRequest>) -> Reply<api::ViewSnapshotResponse> {
-        let asked = request.get_ref().clone();
+        let (asked, mounter) = (request.get_ref().clone(), process(&request));
         self.call(Call::new("View", &request, &request.get_ref().key), move |snapshots| {
-            let recipe = snapshots.view(&asked.key, optional(&asked.parent), &asked.labels)?;
+            let recipe = snapshots.view(&asked.key, optional(&asked.parent), &asked.labels, mounter)?;
             Ok(api::ViewSnapshotResponse { mounts: translate_new(snapshots, &asked.key, recipe)? })
         })
         .await
     }
 
     async fn mounts(&self, request: Request<api::MountsRequest>) -> Reply<api::MountsResponse> {
-        let key = request.get_ref().key.clone();
+        let (key, mounter) = (request.get_ref().key.clone(), process(&request));
         self.call(Call::new("Mounts", &request, &request.get_ref().key), move |snapshots| {
-            Ok(api::MountsResponse { mounts: translate(snapshots.mounts(&key)?)? })
+            Ok(api::MountsResponse { mounts: translate(snapshots.mounts(&key, mounter)?)? })
         })
         .await
     }

@@ -9,11 +9,13 @@
 //! * `events`: the durable log.
 //! * `snapshots`, since version 2: layers under the names that containerd gives them. `created` and `updated` are in
 //!   nanoseconds since 1970, `labels` is a JSON object. Kind and parent are the layer's. A graphdriver that does not know
-//!   this table would remove these layers as unused, and refuses the database.
+//!   this table would remove these layers as unused, and refuses the database. `id_maps`, since version 3: the users' and the
+//!   groups' mapping, as containerd's labels have them, with a space between, if an id-mapped mount shows the layer; null
+//!   if owners are as they are on disk.
 
 use graphdriver_core::store::Schema;
 
-pub(super) const SCHEMA: Schema = Schema { component: "engine", steps: &[V1, V2] };
+pub(super) const SCHEMA: Schema = Schema { component: "engine", steps: &[V1, V2, V3] };
 
 const V1: &str = "
 CREATE TABLE images (
@@ -75,3 +77,5 @@ CREATE TABLE snapshots (
     labels  TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 ";
+
+const V3: &str = "ALTER TABLE snapshots ADD COLUMN id_maps TEXT;";

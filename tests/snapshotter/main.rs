@@ -1,6 +1,7 @@
 //! The service for containerd, through its socket.
 
 mod client;
+mod ids;
 mod random;
 mod rigs;
 mod serving;

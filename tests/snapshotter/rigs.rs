@@ -11,6 +11,8 @@ use std::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum On {
     Overlay2,
+    /// On a disk of its own.
+    Overlay2Ext4,
     /// With project quotas, on xfs or ext4.
     Overlay2Limited(&'static str),
     VfsFuse,
@@ -28,7 +30,7 @@ const DEVICEMAPPER: &str = r#"{"storage-opts": ["dm.fs=ext4", "dm.basesize=64M",
 impl On {
     pub fn driver(self) -> &'static str {
         match self {
-            On::Overlay2 | On::Overlay2Limited(_) => "overlay2",
+            On::Overlay2 | On::Overlay2Ext4 | On::Overlay2Limited(_) => "overlay2",
             On::VfsFuse => "vfs-fuse",
             On::Btrfs | On::BtrfsLimited => "btrfs",
             On::Devicemapper => "devicemapper",
@@ -42,6 +44,7 @@ impl On {
         let there = |path: &str, lacking: &str| (!Path::new(path).exists()).then(|| lacking.to_owned());
         match self {
             On::Overlay2 => false,
+            On::Overlay2Ext4 => skip::skipped(test, skip::no_program(&["mkfs.ext4"])),
             On::VfsFuse => skip::skipped(test, crate::no_vfs_fuse()),
             On::Btrfs | On::BtrfsLimited => skip::skipped(test, skip::no_program(&["mkfs.btrfs", "btrfs"])),
             On::Devicemapper => {
@@ -70,6 +73,7 @@ impl Rig {
         let mut rig = Rig { root, pool: None };
         match on {
             On::Overlay2 | On::VfsFuse => {}
+            On::Overlay2Ext4 => rig.disk("mkfs.ext4", &["-q"], "loop"),
             On::Overlay2Limited("xfs") => rig.disk("mkfs.xfs", &["-q"], "loop,pquota"),
             On::Overlay2Limited(_) => {
                 rig.disk("mkfs.ext4", &["-q", "-O", "project,quota", "-E", "quotatype=prjquota"], "loop,prjquota");

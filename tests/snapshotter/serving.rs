@@ -1,7 +1,7 @@
-//! Serving: many calls at once, being killed, the socket, limits and ids, metrics, and what the command line sees.
+//! Serving: many calls at once, being killed, the socket, limits, metrics, and what the command line sees.
 
 use crate::{
-    client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, seen_by_others, signal},
+    client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, signal},
     limit, name, on,
     rigs::On,
     support::isolated,
@@ -13,10 +13,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpStream,
-    os::unix::{
-        fs::{MetadataExt, PermissionsExt, chown},
-        net::UnixDatagram,
-    },
+    os::unix::{fs::MetadataExt, net::UnixDatagram},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -247,44 +244,6 @@ fn a_size_is_a_real_limit_or_refused() {
         s.update(info, &[]).unwrap();
         s.cleanup().unwrap();
         assert_eq!(s.stored().len(), 1);
-    });
-}
-
-#[test]
-fn ids_are_mapped_by_changing_owners() {
-    on(&here("ids_are_mapped_by_changing_owners"), On::Overlay2, |s| {
-        s.layer("base", "", |dir| {
-            for name in ["plain", "setuid", "first"] {
-                fs::write(dir.join(name), name).unwrap();
-            }
-            fs::hard_link(dir.join("first"), dir.join("second")).unwrap();
-            chown(dir.join("plain"), Some(5), Some(6)).unwrap();
-            fs::set_permissions(dir.join("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
-            std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
-            let made =
-                Command::new("setcap").arg("cap_net_raw+ep").arg(seen_by_others(&dir.join("first"))).status().unwrap();
-            assert!(made.success());
-        });
-        let maps = |users: &str, groups: &str| {
-            labels(&[("containerd.io/snapshot/uidmapping", users), ("containerd.io/snapshot/gidmapping", groups)])
-        };
-        let mounts = s.prepare_with("mapped", "base", maps("0:1000:100", "0:2000:100")).unwrap();
-        let tree = Tree::of(&mounts);
-        let owner = |name: &str| fs::symlink_metadata(tree.path().join(name)).map(|s| (s.uid(), s.gid())).unwrap();
-        assert_eq!([".", "setuid", "first", "second", "link"].map(owner), [(1000, 2000); 5]);
-        assert_eq!(owner("plain"), (1005, 2006));
-        assert_eq!(fs::metadata(tree.path().join("setuid")).unwrap().mode() & 0o7777, 0o4755);
-        let out = Command::new("getcap").arg("-n").arg(seen_by_others(&tree.path().join("first"))).output().unwrap();
-        let said = String::from_utf8(out.stdout).unwrap();
-        assert!(said.contains("cap_net_raw=ep") && said.contains("[rootid=1000]"), "{said}");
-        drop(tree);
-        // The parent is as it was.
-        assert_eq!(fs::metadata(Tree::of(&s.view("view", "base").unwrap()).path().join("plain")).unwrap().uid(), 5);
-        refused(s.prepare_with("small", "base", maps("0:1000:2", "0:1000:2")), Code::InvalidArgument);
-        let half = labels(&[("containerd.io/snapshot/uidmapping", "0:1:2")]);
-        refused(s.prepare_with("half", "base", half), Code::InvalidArgument);
-        s.cleanup().unwrap();
-        assert_eq!(s.stored().len(), 2);
     });
 }
 

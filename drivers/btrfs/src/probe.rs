@@ -8,7 +8,7 @@ use btrfs_uapi::{
     tree_search::{Key, SearchFilter, tree_search},
 };
 use graphdriver_core::{
-    Capabilities, Context, Error, ErrorKind, Result, WriteStrategy,
+    Capabilities, Context, Error, ErrorKind, Result, WriteStrategy, mount,
     overlay_home::{backing, nearest_existing},
 };
 use graphdriver_quota::qgroup::{Accounting, Qgroups};
@@ -34,6 +34,8 @@ pub(crate) struct Support {
     /// sent, and limits set.
     pub privileged: bool,
     pub sector: u64,
+    /// Mounts can be id-mapped.
+    pub idmapped: bool,
 }
 
 /// Looks at the filesystem that `home` is on or would be on.
@@ -58,7 +60,11 @@ pub(crate) fn support(home: &Path) -> Result<Support> {
         access => access?,
     }
     let info = filesystem_info(fd.as_fd()).map_err(std::io::Error::from).doing(|| "asking about the filesystem")?;
-    Ok(Support { privileged: reads_trees(fd.as_fd()), sector: info.sectorsize.into() })
+    Ok(Support {
+        privileged: reads_trees(fd.as_fd()),
+        sector: info.sectorsize.into(),
+        idmapped: mount::can_id_map(&dir),
+    })
 }
 
 fn open(dir: &Path) -> rustix::io::Result<OwnedFd> {
@@ -121,8 +127,7 @@ pub(crate) fn capabilities(support: &Support, quota: bool) -> Capabilities {
         quota,
         inode_quota: false,
         native_diff: support.privileged,
-        // btrfs allows them since then.
-        idmapped_mounts: support.privileged && since(5, 15),
+        idmapped_mounts: support.idmapped,
         independent_layers: false,
         max_depth: MAX_PARENTS,
     }

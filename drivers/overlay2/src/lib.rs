@@ -36,7 +36,6 @@ mod options;
 mod probe;
 mod recipe;
 mod record;
-mod sys;
 
 use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,

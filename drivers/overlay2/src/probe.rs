@@ -1,18 +1,19 @@
 //! What overlayfs can do on this kernel with this backing filesystem, found out by doing it in a temporary directory
 //! there. Nothing is attached to the tree of mounts.
 
-use crate::{
-    recipe::{ALWAYS_OFF, recipe},
-    sys,
-};
+use crate::recipe::{ALWAYS_OFF, recipe};
 use graphdriver_core::{
-    Context, Error, ErrorKind, OverlayXattrs, Result, Unmet, mount,
+    Context, Error, ErrorKind, Mount, OverlayXattrs, Result, Unmet,
+    mount::{self, IdMapped, IdRange},
     overlay_home::{Trial, adopt_unmet, backing, nearest_existing},
 };
-use rustix::fs::{self, AtFlags, CWD, Mode, OFlags, XattrFlags};
+use rustix::fs::{self, AtFlags, Mode, OFlags, XattrFlags};
 use std::{
     cell::Cell,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -87,7 +88,7 @@ impl Probe {
             metacopy: redirect_dir && features.contains(&"metacopy=on") && trial.metacopies(),
             index: features.contains(&"index=on") && trial.work.join("index").is_dir(),
             volatile: features.contains(&"volatile"),
-            idmapped: probe.maps_ids().is_ok(),
+            idmapped: probe.maps_ids(&features).is_ok(),
             xattr_escape: trial.escapes_xattrs(),
             reflink: probe.dir.reflinks(),
         })
@@ -124,23 +125,38 @@ impl Probe {
     }
 
     fn mount(&self, lower: &[PathBuf], upper: Option<(&Path, &Path)>, options: &[&str]) -> Result<OwnedFd> {
+        mount::detached(&[self.recipe(lower, upper, options)?])
+    }
+
+    fn recipe(&self, lower: &[PathBuf], upper: Option<(&Path, &Path)>, options: &[&str]) -> Result<Mount> {
         let mut all: Vec<_> = if options.contains(&"index=on") { Vec::new() } else { ALWAYS_OFF.to_vec() };
         if self.dir.xattrs() == OverlayXattrs::User {
             all.push("userxattr");
         }
         all.extend(options);
-        mount::detached(&[recipe(lower, upper, &all)?])
+        recipe(lower, upper, &all)
     }
 
-    fn maps_ids(&self) -> Result<()> {
-        let (dir, other) = (self.dir.path().join("mapped"), self.dir.path().join("other"));
-        std::fs::create_dir(&dir)?;
-        std::fs::create_dir(&other)?;
-        let open = fs::openat(CWD, &dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let mapped = mount::clone_of(open.as_fd())?;
-        mount::id_map(mapped.as_fd(), sys::user_namespace()?.as_fd())?;
-        let by_fd = PathBuf::from(format!("/proc/self/fd/{}", mapped.as_raw_fd()));
-        self.mount(&[by_fd, other], None, &[]).map(drop)
+    /// Whether an overlay of id-mapped layers shows mapped owners, and stores what is copied up with those it had.
+    fn maps_ids(&self, features: &[&str]) -> Result<()> {
+        let at = |name: &str| self.dir.path().join(name);
+        ["mapped/lower", "mapped/upper", "mapped/work", "place"]
+            .iter()
+            .try_for_each(|dir| std::fs::create_dir_all(at(dir)))?;
+        std::fs::write(at("mapped/lower/file"), "content")?;
+        let options: Vec<_> = features.iter().copied().filter(|feature| *feature == "volatile").collect();
+        let step = self.recipe(&[at("mapped/lower")], Some((&at("mapped/upper"), &at("mapped/work"))), &options)?;
+        let range = |disk, shown| IdRange { disk, shown, count: 1 };
+        let (users, groups) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let maps = |id| [range(id, 100_000), range(id + 1, id)];
+        let userns = mount::user_namespace(&maps(users), &maps(groups))?;
+        let shown = IdMapped::plan(&[step], &at("place"))?.carried_out(userns.as_fd(), &at("place"))?;
+        fs::chmodat(&shown, "file", Mode::from(0o600), AtFlags::empty())?;
+        let (outside, inside) = (fs::statat(&shown, "file", AtFlags::empty())?, at("mapped/upper/file").metadata()?);
+        match outside.st_uid == 100_000 && inside.uid() == users {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Unsupported, "id-mapped layers show other owners than they should")),
+        }
     }
 }
 

@@ -120,7 +120,8 @@ fn capabilities(support: &Support) -> Capabilities {
         quota: true,
         inode_quota: false,
         native_diff: true,
-        idmapped_mounts: false,
+        // OpenZFS 2.2 and newer; what an older one says is found out with the first mount.
+        idmapped_mounts: true,
         independent_layers: false,
         max_depth: MAX_PARENTS,
     }

@@ -2,10 +2,12 @@
 
 mod context;
 mod fuse;
+mod idmap;
 mod overlay;
 mod table;
 
 pub use fuse::{fuse_program, has_fuse};
+pub use idmap::{IdMapped, IdRange, can_id_map, user_namespace};
 pub use overlay::{escape, has_lowerdir_plus, unescape};
 pub use table::{MountInfo, table, table_of};
 
@@ -14,7 +16,7 @@ use context::FsContext;
 use rustix::{
     fs::{self, CWD, Mode, OFlags},
     io::Errno,
-    mount::{self, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
+    mount::{self, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
 };
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -82,10 +84,16 @@ fn clone_tree(dir: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {
     mount::open_tree(dir, "", flags).map_err(|e| with_privilege_hint(e.into()).doing("cloning a mount"))
 }
 
-/// Gives a detached mount the id mapping of a user namespace (`mount_setattr(2)`, "ID-mapped mounts").
-pub fn id_map(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> Result<()> {
-    sys::mount_setattr(mount, false, MountAttrFlags::MOUNT_ATTR_IDMAP, Some(userns))
-        .doing(|| "giving a mount an id mapping")
+/// Does `work` on a thread of its own in a mount namespace of its own, from which nothing spreads: what it attaches is seen
+/// nowhere, and gone when it is done.
+fn privately<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let alone = || {
+        sys::unshare_mounts().doing(|| "making a mount namespace")?;
+        mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+            .doing(|| "making a mount namespace private")?;
+        work()
+    };
+    thread::scope(|scope| scope.spawn(alone).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Unmounts what is mounted at `target`; a symlink there is not followed. `lazy` takes it out of the tree at once and
@@ -164,6 +172,17 @@ fn split_attributes(options: &[String]) -> (MountAttrFlags, Vec<&String>) {
     (attrs, rest)
 }
 
+/// What of a recipe's options a bind mount of what it shows needs.
+fn bind_options<'o>(options: impl Iterator<Item = &'o String>) -> Vec<String> {
+    let (attrs, access): (Vec<_>, Vec<_>) = options
+        .filter(|option| !split_attributes(std::slice::from_ref(*option)).0.is_empty())
+        .partition(|option| *option != "ro");
+    let access = if access.is_empty() { "rw" } else { "ro" };
+    let mut all = vec!["bind".to_owned(), access.to_owned()];
+    all.extend(attrs.into_iter().cloned());
+    all
+}
+
 /// The place `path` names, symlinks followed, without opening what is there.
 fn open_path(path: &Path) -> Result<OwnedFd> {
     fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).doing(|| format!("opening {}", path.display()))
@@ -184,15 +203,8 @@ mod tests {
     use crate::Root;
     use std::io::Read;
 
-    /// Runs `test` in a mount namespace of its own, so that nothing it mounts outlives it.
     pub(super) fn privately<T: Send>(test: impl FnOnce() -> T + Send) -> T {
-        let run = || {
-            sys::unshare_mounts().unwrap();
-            let private = mount::MountPropagationFlags::PRIVATE | mount::MountPropagationFlags::REC;
-            mount::mount_change("/", private).unwrap();
-            test()
-        };
-        std::thread::scope(|s| s.spawn(run).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        super::privately(|| Ok(test())).unwrap()
     }
 
     fn recipe(fstype: &str, source: &Path, options: &[&str]) -> [Mount; 1] {

@@ -9,12 +9,12 @@
 use super::{
     clone_of,
     context::{FsContext, STRING_MAX},
-    open_path, split_attributes,
+    open_path, privately, split_attributes,
 };
 use crate::{Context, Error, ErrorKind, Mount, Result, sys};
 use rustix::{
     io::Errno,
-    mount::{self, MountAttrFlags, MountFlags, MountPropagationFlags},
+    mount::{self, MountAttrFlags, MountFlags},
 };
 use std::{
     ffi::{CString, OsString},
@@ -68,6 +68,24 @@ struct Overlay<'m> {
     upper: Vec<(&'static str, PathBuf)>,
     options: Vec<&'m String>,
     attrs: MountAttrFlags,
+}
+
+/// An overlay whose layers all lie below one directory: that directory, and the overlay of the same layers below `place`.
+pub(super) fn moved(step: &Mount, place: &Path) -> Result<(PathBuf, Mount)> {
+    let overlay = Overlay::parse(step)?;
+    let base = common_parent(overlay.lower.iter().chain(overlay.upper.iter().map(|(_, path)| path)));
+    let there = |path: &PathBuf| escape(&place.join(path.strip_prefix(&base).expect("it is above all of them")));
+    let option = |option: &String| match option.split_once('=') {
+        Some(("lowerdir", _)) => {
+            Ok(format!("lowerdir={}", overlay.lower.iter().map(there).collect::<Result<Vec<_>>>()?.join(":")))
+        }
+        Some((name, _)) if let Some((_, path)) = overlay.upper.iter().find(|(upper, _)| *upper == name) => {
+            Ok(format!("{name}={}", there(path)?))
+        }
+        _ => Ok(option.clone()),
+    };
+    let options = step.options.iter().map(option).collect::<Result<_>>()?;
+    Ok((base.clone(), Mount { options, ..step.clone() }))
 }
 
 /// How a kernel is told about directories.
@@ -149,20 +167,13 @@ impl<'m> Overlay<'m> {
         } else {
             MountFlags::empty()
         };
-        let made: Result<OwnedFd> = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                sys::unshare_mounts().doing(|| "making a mount namespace")?;
-                mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-                    .doing(|| "making a mount namespace private")?;
-                rustix::process::chdir(&base).doing(|| format!("going to {}", base.display()))?;
-                mount::mount("overlay", &base, "overlay", flags, data.as_c_str())
-                    .map_err(Error::from)
-                    .hint(|| "the kernel's log may say more: dmesg")?;
-                clone_of(open_path(&base)?.as_fd())
-            });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        let made = made?;
+        let made = privately(|| {
+            rustix::process::chdir(&base).doing(|| format!("going to {}", base.display()))?;
+            mount::mount("overlay", &base, "overlay", flags, data.as_c_str())
+                .map_err(Error::from)
+                .hint(|| "the kernel's log may say more: dmesg")?;
+            clone_of(open_path(&base)?.as_fd())
+        })?;
         if !self.attrs.is_empty() {
             sys::mount_setattr(made.as_fd(), false, self.attrs, None).doing(|| "setting attributes of the mount")?;
         }

@@ -217,6 +217,7 @@ mod tests {
             created: 1,
             updated: 1,
             labels: labels.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            id_maps: None,
         }
     }
 

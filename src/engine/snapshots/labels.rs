@@ -1,7 +1,11 @@
 //! Labels that ask for something.
 
 use super::row::Labels;
-use graphdriver_core::{ByteSize, Context, Error, ErrorKind, Limits, Result};
+use graphdriver_core::{
+    ByteSize, Context, Error, ErrorKind, Limits, Result,
+    mount::{self, IdRange},
+};
+use std::{fmt, os::fd::OwnedFd};
 
 /// What each of these may be: the name of the label, and whether its value may have a unit.
 const SIZES: [(&str, bool); 2] = [("graphdriver.io/size", true), ("containerd.io/snapshot/max-size", false)];
@@ -48,6 +52,25 @@ pub(super) struct IdMaps {
     pub groups: IdMap,
 }
 
+impl IdMaps {
+    /// What [`Display`](fmt::Display) wrote.
+    pub(super) fn parse(text: &str) -> Result<IdMaps> {
+        let (users, groups) = text.split_once(' ').ok_or_else(|| invalid(format!("{text:?} are no two mappings")))?;
+        Ok(IdMaps { users: IdMap::parse(users)?, groups: IdMap::parse(groups)? })
+    }
+
+    /// For mounts that map ids.
+    pub(super) fn user_namespace(&self) -> Result<OwnedFd> {
+        mount::user_namespace(&self.users.ranges(), &self.groups.ranges())
+    }
+}
+
+impl fmt::Display for IdMaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.users, self.groups)
+    }
+}
+
 /// The mappings, if the labels have any; one of them alone is an error.
 pub(super) fn id_maps(labels: &Labels) -> Result<Option<IdMaps>> {
     let parse = |name: &str| labels.get(name).map(|text| IdMap::parse(text).doing(|| format!("label {name}")));
@@ -85,6 +108,35 @@ impl IdMap {
         let piece = self.0.iter().find(|(first, _, count)| inside >= *first && inside - first < *count);
         let found = piece.map(|(first, outside, _)| outside + (inside - first));
         found.ok_or_else(|| invalid(format!("id {inside} is not mapped")))
+    }
+}
+
+/// As labels have it.
+impl fmt::Display for IdMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut comma = "";
+        self.0.iter().try_for_each(|(inside, outside, count)| {
+            write!(f, "{comma}{inside}:{outside}:{count}")?;
+            comma = ",";
+            Ok(())
+        })
+    }
+}
+
+/// On disk the host's own root is this one, if the container has no such user. It has to be somebody there: overlayfs makes
+/// directories and whiteouts as whoever mounts it. No image has files of it, and every filesystem can store it.
+const HOST_ROOT: u32 = i32::MAX as u32 - 1;
+
+impl IdMap {
+    fn ranges(&self) -> Vec<IdRange> {
+        let covers = |first: u32, count: u32, id: u32| id >= first && id - first < count;
+        let mut all: Vec<_> = self.0.iter().map(|&(disk, shown, count)| IdRange { disk, shown, count }).collect();
+        let mut free = std::iter::once(HOST_ROOT).chain(all.iter().map(|range| range.disk.saturating_add(range.count)));
+        let free = free.find(|id| !all.iter().any(|range| covers(range.disk, range.count, *id)));
+        if let Some(disk) = free.filter(|_| !all.iter().any(|range| covers(range.shown, range.count, 0))) {
+            all.push(IdRange { disk, shown: 0, count: 1 });
+        }
+        all
     }
 }
 
@@ -133,11 +185,22 @@ mod tests {
         assert_eq!([0, 1, 65535].map(|id| maps.users.outside(id).unwrap()), [1000, 100_000, 165_534]);
         assert_eq!(maps.groups.outside(9).unwrap(), 16);
         assert!(maps.groups.outside(10).is_err());
+        assert_eq!(IdMaps::parse(&maps.to_string()).unwrap(), maps);
         assert_eq!(id_maps(&Labels::new()).unwrap(), None);
         assert!(id_maps(&labels(&[(UIDS, "0:1:2")])).is_err());
         for bad in ["", "0", "0:1", "0:1:0", "1:1:1", "0:1:2:3", "0:4294967295:2", "a:b:c"] {
             assert!(IdMap::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_hosts_root_is_somebody_on_disk() {
+        let last = |text: &str| *IdMap::parse(text).unwrap().ranges().last().unwrap();
+        let root = |disk| IdRange { disk, shown: 0, count: 1 };
+        assert_eq!(last("0:1000:100"), root(HOST_ROOT));
+        assert_eq!(last("0:1000:2147483647"), root(2_147_483_647));
+        // There already.
+        assert_eq!(last("0:0:100"), IdRange { disk: 0, shown: 0, count: 100 });
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod chown;
 mod filter;
+mod idmapped;
 mod labels;
 mod names;
 mod page;
@@ -20,6 +21,8 @@ use graphdriver_core::{
     Access, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Result, Usage,
     store::{self, CommitInfo, LayerKind},
 };
+use idmapped::{Places, Ready};
+use labels::{IdMap, IdMaps};
 use names::Names;
 use sight::Mark;
 use std::{
@@ -31,6 +34,7 @@ use std::{
 pub struct Snapshots {
     engine: Engine,
     names: Names,
+    places: Places,
     _sole: File,
 }
 
@@ -44,7 +48,12 @@ impl Snapshots {
         let path = engine.layers.dir().join("snapshotter.lock");
         let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Snapshots { engine, names: Names::default(), _sole: lock }),
+            Ok(()) => {
+                let places = Places::of(engine.layers.dir());
+                let snapshots = Snapshots { engine, names: Names::default(), places, _sole: lock };
+                snapshots.tidy();
+                Ok(snapshots)
+            }
             Err(TryLockError::WouldBlock) => {
                 let why = format!("another snapshotter serves {}", engine.layers.dir().display());
                 Err(Error::new(ErrorKind::Busy, why).hint("stop it, or use another --root"))
@@ -58,26 +67,38 @@ impl Snapshots {
         &self.engine
     }
 
-    /// Makes an active snapshot, and tells how to mount it.
-    pub fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(LayerKind::Active, key, parent, labels).doing(|| format!("preparing snapshot {key:?}"))
+    /// Makes an active snapshot, and tells the process `mounter` how to mount it.
+    ///
+    /// Labels can ask for mapped ids, which a mount shows that is made for this: in the mount namespace of `mounter`. Where
+    /// there can be none, owners are changed.
+    pub fn prepare(
+        &self,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        mounter: Option<u32>,
+    ) -> Result<Vec<Mount>> {
+        self.make(LayerKind::Active, key, parent, labels, mounter).doing(|| format!("preparing snapshot {key:?}"))
     }
 
-    /// Makes a snapshot that shows its parent and is never committed.
-    pub fn view(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
-        self.make(LayerKind::View, key, parent, labels).doing(|| format!("making the view {key:?}"))
+    /// Makes a snapshot that shows its parent and is never committed, as [`prepare`](Self::prepare) does.
+    pub fn view(&self, key: &str, parent: Option<&str>, labels: &Labels, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        self.make(LayerKind::View, key, parent, labels, mounter).doing(|| format!("making the view {key:?}"))
     }
 
-    fn make(&self, kind: LayerKind, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>> {
+    fn make(
+        &self,
+        kind: LayerKind,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        mounter: Option<u32>,
+    ) -> Result<Vec<Mount>> {
         check_name(key)?;
         labels::check(labels)?;
         let _turn = self.names.turn(key);
         let id_maps = labels::id_maps(labels)?;
         let limits = match kind {
-            LayerKind::View if id_maps.is_some() => {
-                return Err(Error::new(ErrorKind::Unsupported, "ids are mapped by changing the owners of files")
-                    .hint("a view takes no changes: prepare an active snapshot"));
-            }
             // Nothing is written to it. containerd hands some labels on from other snapshots.
             LayerKind::View => Limits::default(),
             _ => labels::limits(labels)?,
@@ -87,25 +108,108 @@ impl Snapshots {
             row::refuse_taken(db, key)?;
             parent.map(|parent| row::committed(db, parent)).transpose()
         })?;
+        let id_maps = match (id_maps, below) {
+            (Some(maps), Some(below)) if self.is_shifted(below, &maps)? => None,
+            (maps, _) => maps,
+        };
         let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
         let layer = layers.create(kind, below, &options)?;
-        let mut recipe = self.recipe(layer.id(), kind)?;
-        if let Some(maps) = id_maps {
-            chown::shift(&recipe, &maps).doing(|| "mapping its ids")?;
-            recipe = self.recipe(layer.id(), kind)?;
-        }
+        let (recipe, ready) = match &id_maps {
+            None => (self.recipe(layer.id(), kind)?, None),
+            Some(maps) => self.recipe_mapping_ids(layer.id(), kind, maps, mounter)?,
+        };
+        let id = layer.id();
+        let shown = id_maps.filter(|_| ready.is_some());
         layers.store().write(|tx| {
             row::refuse_taken(tx, key)?;
             layer.keep(tx, None)?;
-            row::insert(tx, key, layer.id(), labels)
+            row::insert(tx, key, id, labels, shown.as_ref().map(IdMaps::to_string).as_deref())
         })?;
+        match shown {
+            None => Ok(recipe),
+            // Whoever is refused takes it that there is no snapshot.
+            Some(maps) => self.id_mapped((key, id), &recipe, &maps, ready, mounter).inspect_err(|_| {
+                self.remove(key).unwrap_or_else(|e| tracing::warn!("{e}"));
+            }),
+        }
+    }
+
+    /// Of a new layer: with a mount that maps ids, or after its owners were changed.
+    fn recipe_mapping_ids(
+        &self,
+        layer: LayerId,
+        kind: LayerKind,
+        maps: &IdMaps,
+        mounter: Option<u32>,
+    ) -> Result<(Vec<Mount>, Option<Ready>)> {
+        let recipe = self.recipe(layer, kind)?;
+        match self.ready(layer, &recipe, maps, mounter) {
+            Ok(ready) => Ok((recipe, Some(ready))),
+            Err(e) if not_here(&e) => {
+                self.give_away(kind, &recipe, maps, &e)?;
+                Ok((self.recipe(layer, kind)?, None))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the layer's files belong to the container already: containerd 1.7 changes owners itself where it does not know
+    /// that a snapshotter would, and asks for the mapping all the same. Only the root directory is looked at.
+    fn is_shifted(&self, layer: LayerId, maps: &IdMaps) -> Result<bool> {
+        let root = self.engine.view(layer)?.inode(Path::new("."))?;
+        let meta = root.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("layer {layer} has no root")))?.meta;
+        let shifted = |map: &IdMap, id: u32| Ok::<_, Error>(map.outside(0)? == id && map.outside(id).is_err());
+        Ok(shifted(&maps.users, meta.uid)? && shifted(&maps.groups, meta.gid)?)
+    }
+
+    /// The mount that shows the layer with mapped ids, if there can be one here.
+    fn ready(&self, layer: LayerId, recipe: &[Mount], maps: &IdMaps, mounter: Option<u32>) -> Result<Ready> {
+        let driver = self.engine.layers.driver();
+        match driver.capabilities().idmapped_mounts {
+            true => self.places.ready(layer, recipe, maps, mounter),
+            false => Err(Error::new(ErrorKind::Unsupported, format!("{} has no id-mapped mounts here", driver.name()))),
+        }
+    }
+
+    /// Gives all that the recipe shows to the ids of the container, as nothing shows it with those: `why` says so.
+    fn give_away(&self, kind: LayerKind, recipe: &[Mount], maps: &IdMaps, why: &Error) -> Result<()> {
+        if kind == LayerKind::View {
+            return Err(Error::new(ErrorKind::Unsupported, format!("its ids cannot be mapped by a mount: {why}"))
+                .hint("a view takes no changes of owners: prepare an active snapshot"));
+        }
+        tracing::info!("mapping ids by changing the owners of all files, as no mount can: {why}");
+        chown::shift(recipe, maps).doing(|| "mapping its ids")
+    }
+
+    fn id_mapped(
+        &self,
+        (key, layer): (&str, LayerId),
+        recipe: &[Mount],
+        maps: &IdMaps,
+        ready: Option<Ready>,
+        mounter: Option<u32>,
+    ) -> Result<Vec<Mount>> {
+        let still = || match self.stat(key)?.layer == layer {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::NotFound, format!("there is no snapshot {key:?} any more"))),
+        };
+        let recipe = self.places.show(layer, recipe, maps, ready, mounter, still)?;
+        page::check(&recipe)?;
         Ok(recipe)
     }
 
-    /// How to mount it: for writing if it is active.
-    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        let mounts = self.stat(key).and_then(|found| self.recipe(found.layer, found.kind));
-        mounts.doing(|| format!("describing the mounts of snapshot {key:?}"))
+    /// Tells the process `mounter` how to mount it: for writing if it is active.
+    pub fn mounts(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        self.mounts_inner(key, mounter).doing(|| format!("describing the mounts of snapshot {key:?}"))
+    }
+
+    fn mounts_inner(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        let found = self.stat(key)?;
+        let recipe = self.recipe(found.layer, found.kind)?;
+        match found.id_maps {
+            None => Ok(recipe),
+            Some(maps) => self.id_mapped((key, found.layer), &recipe, &IdMaps::parse(&maps)?, None, mounter),
+        }
     }
 
     fn recipe(&self, layer: LayerId, kind: LayerKind) -> Result<Vec<Mount>> {
@@ -140,6 +244,9 @@ impl Snapshots {
         if let Some(parent) = parent {
             self.may_rebase(&active, parent)?;
         }
+        if active.id_maps.is_some() {
+            self.places.take_down(active.layer);
+        }
         layers.commit(active.layer, &CommitInfo::default(), |tx| match row::rename(tx, key, name, labels)? {
             true => parent
                 .map(|parent| rebase::committed(tx, parent))
@@ -158,9 +265,14 @@ impl Snapshots {
                 return Err(Error::new(ErrorKind::Busy, "it has children").hint("remove those first"));
             }
             row::delete(tx, key)?;
-            layers.remove_in(tx, found.layer)
+            layers.remove_in(tx, found.layer)?;
+            Ok(found)
         });
-        removed.doing(|| format!("cannot remove snapshot {key:?}"))
+        let removed = removed.doing(|| format!("cannot remove snapshot {key:?}"))?;
+        if removed.id_maps.is_some() {
+            self.places.take_down(removed.layer);
+        }
+        Ok(())
     }
 
     /// What is known of it.
@@ -207,6 +319,17 @@ impl Snapshots {
         self.engine.layers.usage(found.layer)
     }
 
+    /// Undoes the mounts of what was removed while this or another process was killed.
+    fn tidy(&self) {
+        let wanted = || self.engine.layers.store().read(row::id_mapped);
+        match self.places.tidy(wanted) {
+            Ok(false) => {}
+            // What they held was in the way of those who have just recovered from the crash.
+            Ok(true) => drop(self.free_removed().inspect_err(|e| tracing::warn!("freeing what was removed: {e}"))),
+            Err(e) => tracing::warn!("undoing mounts of removed snapshots: {e}"),
+        }
+    }
+
     /// Frees what was removed here. What is still in use stays for the next time; returns how many layers that are.
     pub fn free_removed(&self) -> Result<u64> {
         self.engine.layers.sweep()
@@ -215,6 +338,7 @@ impl Snapshots {
     /// Frees what was removed, and what other processes left that were killed. What is still in use stays for the next
     /// time; returns how many layers that are.
     pub fn cleanup(&self) -> Result<u64> {
+        self.tidy();
         self.engine.layers.recover()?;
         self.free_removed()
     }
@@ -224,6 +348,11 @@ impl std::fmt::Debug for Snapshots {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Snapshots").field("store", &self.engine.layers.dir()).finish_non_exhaustive()
     }
+}
+
+/// Whether it is about what this kernel, filesystem or process cannot do, or the maps that it does not take.
+fn not_here(e: &Error) -> bool {
+    matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput | ErrorKind::PermissionDenied)
 }
 
 fn phrase(kind: LayerKind) -> &'static str {

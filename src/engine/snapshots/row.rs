@@ -4,7 +4,7 @@ use super::super::now;
 use graphdriver_core::{Error, ErrorKind, LayerId, Result, store::LayerKind};
 use rusqlite::{Connection, Row, Transaction, params, types::Type};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 /// What containerd calls a snapshot's labels.
 pub type Labels = BTreeMap<String, String>;
@@ -29,9 +29,12 @@ pub struct Snapshot {
     pub updated: i64,
     /// Whatever containerd wants to remember.
     pub labels: Labels,
+    /// Users and groups, `INSIDE:OUTSIDE:COUNT[,...] INSIDE:OUTSIDE:COUNT[,...]`, if its mounts map ids.
+    pub id_maps: Option<String>,
 }
 
-const SELECT: &str = "SELECT s.name, s.layer, l.kind, p.name, s.created, s.updated, s.labels FROM snapshots s
+const SELECT: &str =
+    "SELECT s.name, s.layer, l.kind, p.name, s.created, s.updated, s.labels, s.id_maps FROM snapshots s
     JOIN layers l ON l.id = s.layer LEFT JOIN snapshots p ON p.layer = l.parent";
 
 fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
@@ -46,6 +49,7 @@ fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
         created: row.get(4)?,
         updated: row.get(5)?,
         labels,
+        id_maps: row.get(7)?,
     })
 }
 
@@ -88,15 +92,28 @@ pub(super) fn committed(db: &Connection, name: &str) -> Result<LayerId> {
     }
 }
 
-pub(super) fn insert(tx: &Transaction<'_>, name: &str, layer: LayerId, labels: &Labels) -> Result<()> {
-    let sql = "INSERT INTO snapshots (name, layer, created, updated, labels) VALUES (?1, ?2, ?3, ?3, ?4)";
-    tx.prepare_cached(sql)?.execute(params![name, layer, now(), text(labels)])?;
+pub(super) fn insert(
+    tx: &Transaction<'_>,
+    name: &str,
+    layer: LayerId,
+    labels: &Labels,
+    id_maps: Option<&str>,
+) -> Result<()> {
+    let sql = "INSERT INTO snapshots (name, layer, created, updated, labels, id_maps) VALUES (?1, ?2, ?3, ?3, ?4, ?5)";
+    tx.prepare_cached(sql)?.execute(params![name, layer, now(), text(labels), id_maps])?;
     Ok(())
 }
 
-/// From `key` to `name`, with these labels and no others. Whether there was a `key`.
+/// The layers that id-mapped mounts show.
+pub(super) fn id_mapped(db: &Connection) -> Result<HashSet<LayerId>> {
+    let mut rows = db.prepare_cached("SELECT layer FROM snapshots WHERE id_maps IS NOT NULL")?;
+    Ok(rows.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
+}
+
+/// From `key` to `name`, with these labels and no others, shown as it is on disk. Whether there was a `key`.
 pub(super) fn rename(tx: &Transaction<'_>, key: &str, name: &str, labels: &Labels) -> Result<bool> {
-    let sql = "UPDATE snapshots SET name = ?2, created = ?3, updated = ?3, labels = ?4 WHERE name = ?1";
+    let sql = "UPDATE snapshots SET name = ?2, created = ?3, updated = ?3, labels = ?4, id_maps = NULL
+        WHERE name = ?1";
     Ok(tx.prepare_cached(sql)?.execute(params![key, name, now(), text(labels)])? > 0)
 }
 

@@ -1,6 +1,6 @@
 //! Finding what containerd has mounted: it tells nobody, but the kernel does.
 
-use super::super::Engine;
+use super::{super::Engine, idmapped};
 use graphdriver_core::{
     LayerId, Mount,
     mount::{self, MountInfo},
@@ -43,14 +43,14 @@ pub(in crate::engine) struct Shown {
 }
 
 /// All mounts that show layers, in every mount namespace that can be seen, by their layers: those that carry the mark,
-/// and those whose device, dataset or subvolume the driver knows.
+/// and those whose device, dataset or subvolume the driver knows. Without those that only [map ids](super::idmapped).
 pub(in crate::engine) fn shown(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
-    let (mark, driver) = (Mark::of(engine), engine.layers.driver());
+    let (mark, driver, ours) = (Mark::of(engine), engine.layers.driver(), idmapped::dir(engine.layers.dir()));
     let mut found: HashMap<LayerId, Vec<Shown>> = HashMap::new();
     // A mount is in the copies of a namespace too, with another number but in the same place.
     let mut seen = HashSet::new();
     for (table, foreign) in tables() {
-        for entry in table {
+        for entry in table.into_iter().filter(|entry| !entry.mount_point.starts_with(&ours)) {
             let Some(layer) = mark.layer(&entry.source).or_else(|| driver.shown_by(&entry)) else { continue };
             let MountInfo { mount_point, options, .. } = entry;
             if seen.insert((layer, mount_point.clone())) {
