@@ -211,10 +211,10 @@ fn scaled(value: f64, step: f64, units: &[&str]) -> String {
     format!("{} {}", number(value), units[unit])
 }
 
-/// Three digits and no zeros at the end, thousands with commas.
+/// Three digits, two of what is very small, and no zeros at the end, thousands with commas.
 fn number(value: f64) -> String {
     let decimals = match value.abs() {
-        small if small < 0.01 && small > 0.0 => return format!("{value:.1e}"),
+        small if small < 0.01 && small > 0.0 => (1.0 - small.log10().floor()).min(9.0) as usize,
         small if small < 10.0 => 2,
         middle if middle < 100.0 => 1,
         _ => 0,
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(all[..4], ["0 B", "4 KiB", "1.5 GiB", "1,023 B"]);
         assert!(all[4].ends_with(" PiB"), "{}", all[4]);
         assert_eq!([time(0.5), time(999.0), time(1500.0), time(61e6)], ["0.5 µs", "999 µs", "1.5 ms", "61 s"]);
-        assert_eq!([times(1.0), times(262_144.0), times(0.001), times(12.34)], ["1×", "262,144×", "1.0e-3×", "12.3×"]);
+        assert_eq!([times(1.0), times(262_144.0), times(0.001), times(12.34)], ["1×", "262,144×", "0.001×", "12.3×"]);
         assert_eq!(number(-1234.0), "-1,234");
     }
 
