@@ -87,10 +87,10 @@ pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let mut random = choices();
     let mut blocks = blocks(size, &mut random);
     blocks.truncate((blocks.len() * case.x as usize / 100).max(1));
-    let mut first = write_blocks(run, &blocks, &mut random)?;
+    let mut first = write_blocks(run, &blocks, &random.fork())?;
     run.weigh(used, &mut first)?;
     run.forget()?;
-    let again = write_blocks(run, &blocks, &mut random)?;
+    let again = write_blocks(run, &blocks, &random.fork())?;
     let again = run.finish(used, again)?;
     // The same files have changed, by as much.
     first.diff = again.diff;
@@ -98,14 +98,17 @@ pub(super) fn rewrite(run: &mut Run<'_>, case: &Case) -> Result<Named> {
 }
 
 /// These blocks of the file of every container, the same data in each.
-fn write_blocks(run: &Run<'_>, blocks: &[u64], random: &mut fastrand::Rng) -> Result<Sample> {
-    let data: Vec<_> = (0..16).map(|_| block(random)).collect();
+fn write_blocks(run: &Run<'_>, blocks: &[u64], random: &fastrand::Rng) -> Result<Sample> {
     let mut meter = run.meter()?;
     for container in run.stand.containers() {
-        let write = |file: &File, n: usize| file.write_all_at(&data[n % data.len()], blocks[n] * BLOCK);
-        let file = meter.first(|| open(container.path()).and_then(|file| write(&file, 0).map(|()| file)))?;
+        // Never the same block twice: zfs would compress that away.
+        let mut random = random.clone();
+        let write = |file: &File, n: usize, data: &[u8]| file.write_all_at(data, blocks[n] * BLOCK);
+        let data = block(&mut random);
+        let file = meter.first(|| open(container.path()).and_then(|file| write(&file, 0, &data).map(|()| file)))?;
         for n in 1..blocks.len() {
-            meter.later(|| write(&file, n))?;
+            let data = block(&mut random);
+            meter.later(|| write(&file, n, &data))?;
         }
         meter.written += blocks.len() as u64 * BLOCK;
     }
@@ -120,11 +123,13 @@ pub(super) fn whole(sizes: &Sizes) -> Vec<Case> {
 pub(super) fn append(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     with_file(run, case.x)?;
     let used = run.containers(1)?;
-    let data = block(&mut choices());
+    let mut random = choices();
     let mut meter = run.meter()?;
     let open = || File::options().append(true).open(run.root().join(FILE));
+    let data = block(&mut random);
     let mut file = meter.first(|| open().and_then(|mut file| file.write_all(&data).map(|()| file)))?;
     for _ in 1..EACH {
+        let data = block(&mut random);
         meter.later(|| file.write_all(&data))?;
     }
     meter.written = EACH as u64 * BLOCK;
@@ -164,6 +169,6 @@ pub(super) fn containers(run: &mut Run<'_>, case: &Case) -> Result<Named> {
     let mut random = choices();
     let mut blocks = blocks(size, &mut random);
     blocks.truncate(EACH);
-    let sample = write_blocks(run, &blocks, &mut random)?;
+    let sample = write_blocks(run, &blocks, &random.fork())?;
     Ok(vec![("containers", run.finish(used, sample)?)])
 }

@@ -87,7 +87,7 @@ fn make(path: &Path, data: &[u8]) -> io::Result<()> {
 /// The whole tree is removed and made again, as large as it was.
 pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let used = with_tree(run)?;
-    let data = block(&mut random()).repeat((SIZE / BLOCK) as usize);
+    let (mut random, mut data) = (random(), vec![0; SIZE as usize]);
     let mut meter = run.meter()?;
     for path in names(run.root()) {
         meter.first(|| fs::remove_file(path))?;
@@ -96,6 +96,7 @@ pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     fs::remove_dir(run.root().join("tree"))?;
     dirs(run.root()).try_for_each(fs::create_dir_all)?;
     for path in names(run.root()) {
+        random.fill(&mut data);
         meter.later(|| make(&path, &data))?;
         meter.written += SIZE;
     }
@@ -106,9 +107,10 @@ pub(super) fn delete_recreate(run: &mut Run<'_>, _: &Case) -> Result<Named> {
 /// New files of one block each, beside those of the image.
 pub(super) fn create(run: &mut Run<'_>, _: &Case) -> Result<Named> {
     let used = with_tree(run)?;
-    let data = block(&mut random());
+    let mut random = random();
     let mut meter = run.meter()?;
     for path in names(run.root()) {
+        let data = block(&mut random);
         meter.first(|| make(&path.with_extension("new"), &data))?;
         meter.written += BLOCK;
     }
