@@ -28,7 +28,8 @@ pub(crate) fn list(engine: &Engine, out: &Output) -> Result<()> {
             mount.kind.clone(),
             mount.name.clone(),
             if mount.writable { "read-write" } else { "read-only" }.into(),
-            times::ago(mount.created),
+            // Nobody tells when a snapshot was mounted.
+            if mount.kind == "snapshot" { "-".into() } else { times::ago(mount.created) },
         ]
     })
 }

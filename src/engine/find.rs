@@ -1,5 +1,6 @@
 //! From what users type to rows: names, ids and their prefixes.
 
+use super::snapshots;
 use crate::image::{ImageConfig, Reference};
 use graphdriver_core::{Digest, Error, ErrorKind, LayerId, Result};
 use rusqlite::{Connection, OptionalExtension, Row, types::Type};
@@ -93,7 +94,7 @@ pub(super) fn image(db: &Connection, what: &str) -> Result<ImageRow> {
     match found.as_slice() {
         [one] => Ok(db.query_row(&format!("{IMAGE} WHERE id = ?"), [one], image_row)?),
         [] => Err(Error::new(ErrorKind::NotFound, format!("there is no image {what:?}"))
-            .hint("`graphdriver images` lists what there is")),
+            .hint(containerds(db, what).unwrap_or("`graphdriver images` lists what there is".into()))),
         several => Err(ambiguous("image", what, several)),
     }
 }
@@ -109,13 +110,19 @@ pub(super) fn container(db: &Connection, what: &str) -> Result<ContainerRow> {
         [one] => Ok(db.query_row(&sql, [one], container_row)?),
         [] => {
             let hint = match image(db, what) {
-                Ok(_) => "that is an image: make a container of it with `graphdriver create`",
-                Err(_) => "`graphdriver ps` lists what there is",
+                Ok(_) => "that is an image: make a container of it with `graphdriver create`".into(),
+                Err(_) => containerds(db, what).unwrap_or("`graphdriver ps` lists what there is".into()),
             };
             Err(Error::new(ErrorKind::NotFound, format!("there is no container {what:?}")).hint(hint))
         }
         several => Err(ambiguous("container", what, several)),
     }
+}
+
+/// What to do about the name of a snapshot, which only containerd gives and removes.
+fn containerds(db: &Connection, what: &str) -> Option<String> {
+    let ways = "use ctr; `graphdriver inspect --type snapshot` tells of it";
+    snapshots::row::get(db, what).ok().map(|_| format!("that is a snapshot of containerd's: {ways}"))
 }
 
 /// Fails if the container was removed since `row` was read: its tree then went while it was looked at.
@@ -134,8 +141,9 @@ pub(super) fn object(db: &Connection, what: &str) -> Result<Object> {
     }
     match image(db, what) {
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            Err(Error::new(ErrorKind::NotFound, format!("there is no container and no image {what:?}"))
-                .hint("`graphdriver ps` and `graphdriver images` list what there is"))
+            Err(Error::new(ErrorKind::NotFound, format!("there is no container and no image {what:?}")).hint(
+                containerds(db, what).unwrap_or("`graphdriver ps` and `graphdriver images` list what there is".into()),
+            ))
         }
         other => other.map(|row| Object::Image(Box::new(row))),
     }

@@ -47,7 +47,7 @@ pub struct MountSummary {
     pub target: PathBuf,
     /// Whether it can be written to.
     pub writable: bool,
-    /// Nanoseconds since 1970; RFC 3339 in JSON.
+    /// When it was mounted, or when the snapshot was made that it shows. Nanoseconds since 1970; RFC 3339 in JSON.
     #[serde(serialize_with = "super::rfc3339")]
     pub created: i64,
     /// Whether it was made in another mount namespace, whose table may be out of sight.

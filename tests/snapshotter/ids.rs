@@ -252,11 +252,18 @@ fn in_a_sandbox_without_a_way_out_it_changes_owners() {
 }
 
 /// A process in a mount namespace of its own.
-struct Elsewhere(Child);
+pub struct Elsewhere(Child);
 
 impl Elsewhere {
     fn start(propagation: &str) -> Elsewhere {
-        let child = Command::new("unshare").args(["--mount", "--propagation", propagation, "sleep", "1000"]).spawn();
+        Elsewhere::after(propagation, "true")
+    }
+
+    /// Once this command of a shell has succeeded there.
+    pub fn after(propagation: &str, command: &str) -> Elsewhere {
+        let script = format!("{command} && exec sleep 1000");
+        let child =
+            Command::new("unshare").args(["--mount", "--propagation", propagation, "sh", "-c", &script]).spawn();
         let started = Elsewhere(child.unwrap());
         let comm = format!("/proc/{}/comm", started.0.id());
         while fs::read_to_string(&comm).unwrap() != "sleep\n" {

@@ -2,9 +2,10 @@
 
 use crate::{
     client::{BINARY, Service, Tree, graphdriver, labels, log_of, refused, signal},
+    ids::Elsewhere,
     limit, name, on,
     rigs::On,
-    support::isolated,
+    support::{isolated, system},
 };
 use graphdriver_containerd_api::snapshots as api;
 use nix::sys::signal::Signal;
@@ -15,7 +16,7 @@ use std::{
     net::TcpStream,
     os::unix::{fs::MetadataExt, net::UnixDatagram},
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tonic::Code;
 
@@ -292,5 +293,53 @@ fn damage_to_a_snapshot_is_named() {
         let told = String::from_utf8(out.stdout).unwrap();
         assert_eq!(out.status.code(), Some(9), "{told}");
         assert!(told.contains("layer 1 has no storage") && told.contains("snapshot base, snapshot work"), "{told}");
+    });
+}
+
+#[test]
+fn a_container_in_its_own_namespace_is_one_mount() {
+    on(&here("a_container_in_its_own_namespace_is_one_mount"), On::Overlay2, |s| {
+        let mounts = s.prepare("work", "").unwrap();
+        let [target, root] = ["target", "elsewhere"].map(|name| s.root.with_file_name(name));
+        let (target, root) = (target.to_str().unwrap(), root.to_str().unwrap());
+        [target, root].iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        let options = mounts[0].options.join(",");
+        system("mount", &["-t", &mounts[0].r#type, &mounts[0].source, target, "-o", &options]);
+        let targets = || -> Vec<String> {
+            let listed: serde_json::Value = serde_json::from_str(&s.command(&["--format", "json", "mounts"])).unwrap();
+            listed.as_array().unwrap().iter().map(|one| one["Target"].as_str().unwrap().into()).collect()
+        };
+        let _container = Elsewhere::after("private", &format!("mount --move {target} {root}"));
+        assert_eq!(targets(), [target]);
+        // Seen there alone it is told, too.
+        system("umount", &[target]);
+        assert_eq!(targets(), [root]);
+    });
+}
+
+#[test]
+fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
+    on(&here("whoever_has_vfs_fuse_mounted_is_not_waited_for"), On::VfsFuse, |s| {
+        let mounts = s.prepare("work", "").unwrap();
+        let target = s.root.with_file_name("target");
+        fs::create_dir(&target).unwrap();
+        let target = target.to_str().unwrap();
+        let (program, options) = (mounts[0].r#type.strip_prefix("fuse3.").unwrap(), mounts[0].options.join(","));
+        system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
+        let begun = Instant::now();
+        refused(s.mounts("work"), Code::FailedPrecondition);
+        refused(s.commit("done", "work"), Code::FailedPrecondition);
+        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        system("umount", &[target]);
+        // A daemon that is just ending is.
+        let mounts = s.mounts("work").unwrap();
+        system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
+        s.remove("work").unwrap();
+        let begun = Instant::now();
+        s.cleanup().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        system("umount", &[target]);
+        s.cleanup().unwrap();
+        assert_eq!(s.stored().len(), 0);
     });
 }

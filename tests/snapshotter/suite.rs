@@ -424,6 +424,8 @@ pub fn the_command_line_sees_it_and_removes_nothing(s: &Service) {
     for command in [&["rm", "-f", "work"][..], &["rmi", "-f", "base"]] {
         let out = graphdriver(&s.root, &s.driver).args(command).output().unwrap();
         assert_eq!(out.status.code(), Some(3), "{command:?}");
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(said.contains("containerd's: use ctr"), "{command:?}: {said}");
     }
     let df = s.command(&["df", "-v"]);
     assert!(df.contains("SNAPSHOT") && df.contains("base") && df.contains("work"), "{df}");
@@ -459,7 +461,8 @@ fn mounted_as_containerd_does(s: &Service, mounts: &[graphdriver_containerd_api:
     let told = (&one["Type"], &one["Name"], &one["Target"], &one["Writable"]);
     assert_eq!(told, (&"snapshot".into(), &"work".into(), &target.into(), &true.into()), "{listed}");
     assert_eq!(mounted(), [true]);
-    s.command(&["check"]);
+    assert!(s.command(&["mounts"]).lines().any(|line| line.contains(target) && line.trim_end().ends_with(" -")));
+    assert!(s.command(&["check"]).contains("snapshots 2, mounts 1"));
     let out = graphdriver(&s.root, &s.driver).args(["umount", target]).output().unwrap();
     let said = String::from_utf8(out.stderr).unwrap();
     assert!(out.status.code() == Some(5) && said.contains("containerd mounted"), "{said}");

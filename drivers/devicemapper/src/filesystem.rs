@@ -99,10 +99,20 @@ pub(crate) fn never_retry(prefix: &str) {
 }
 
 fn give_up_at_once(xfs: &Path) {
+    // Every use of the pool comes here.
+    static TOLD: std::sync::Once = std::sync::Once::new();
     for error in ["ENOSPC", "EIO"] {
         let path = xfs.join("error/metadata").join(error).join("max_retries");
-        if let Err(e) = std::fs::write(&path, "0") {
-            tracing::debug!("xfs will try for ever when the pool is full: {}: {e}", path.display());
+        match std::fs::write(&path, "0") {
+            Ok(()) => {}
+            // Unmounted meanwhile.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => TOLD.call_once(|| {
+                let path = path.display();
+                tracing::warn!(
+                    "xfs will try for ever when the pool is full: writing {path}: {e}: make /sys/fs/xfs writable"
+                );
+            }),
         }
     }
 }

@@ -21,7 +21,7 @@ pub struct Checked {
     pub containers: usize,
     /// How many snapshots of containerd's.
     pub snapshots: usize,
-    /// How many mounts the store remembers.
+    /// How many mounts the store remembers, and how many of snapshots are seen.
     pub mounts: usize,
     /// How many layers were read as a whole; none if that was not asked for.
     pub digests: Option<usize>,
@@ -120,6 +120,8 @@ impl Engine {
     }
 
     fn count(&self) -> Result<Checked> {
+        // Rows that cannot be read are findings, not a reason to look no further.
+        let seen = self.snapshot_mounts().map_or(0, |seen| seen.len());
         self.layers.store().read(|db| {
             let count = |table: &str| -> Result<usize> {
                 Ok(db.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0))? as usize)
@@ -129,7 +131,7 @@ impl Engine {
                 images: count("images")?,
                 containers: count("containers")?,
                 snapshots: count("snapshots")?,
-                mounts: count("mounts")?,
+                mounts: count("mounts")? + seen,
                 digests: None,
                 findings: Vec::new(),
             })

@@ -47,13 +47,15 @@ pub(in crate::engine) struct Shown {
 pub(in crate::engine) fn shown(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> {
     let (mark, driver, ours) = (Mark::of(engine), engine.layers.driver(), idmapped::dir(engine.layers.dir()));
     let mut found: HashMap<LayerId, Vec<Shown>> = HashMap::new();
-    // A mount is in the copies of a namespace too, with another number but in the same place.
-    let mut seen = HashSet::new();
+    // A mount is in the copies of a namespace too, with another number. It may be in another place there: a container's
+    // root. Bind mounts in our own namespace are mounts of their own.
+    let (mut seen, mut filesystems) = (HashSet::new(), HashSet::new());
     for (table, foreign) in tables() {
         for entry in table.into_iter().filter(|entry| !entry.mount_point.starts_with(&ours)) {
             let Some(layer) = mark.layer(&entry.source).or_else(|| driver.shown_by(&entry)) else { continue };
-            let MountInfo { mount_point, options, .. } = entry;
-            if seen.insert((layer, mount_point.clone())) {
+            let MountInfo { mount_point, options, dev, root, .. } = entry;
+            let known = !filesystems.insert((layer, dev, root)) && foreign;
+            if seen.insert((layer, mount_point.clone())) && !known {
                 let writable = options.as_bytes().split(|b| *b == b',').any(|option| option == b"rw");
                 found.entry(layer).or_default().push(Shown { target: mount_point, writable, foreign });
             }

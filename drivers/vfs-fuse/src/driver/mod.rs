@@ -28,12 +28,13 @@ use graphdriver_core::{
     Access, Capabilities, Context, CopyUnit, DiffDir, DriverFactory, Error, ErrorKind, EscapeXattrs, GraphDriver,
     LayerId, LayerOptions, Limits, Mount, Narrow, NativeDiff, Options, OverlayXattrs, Reclaimed, Result, Stored, Unmet,
     Usage, WriteStrategy,
+    mount::{self, MountInfo},
     overlay_home::{self, Format, Home, Record, Trial, recipe},
 };
 use graphdriver_quota::LayerQuota;
 use options::Wishes;
 use probe::Support;
-use std::{collections::BTreeSet, fs, io::ErrorKind as Io, path::Path};
+use std::{collections::BTreeSet, fs, io::ErrorKind as Io, os::unix::ffi::OsStrExt, path::Path, time::Duration};
 
 /// How the engine finds this driver.
 pub const FACTORY: DriverFactory = DriverFactory {
@@ -120,7 +121,7 @@ impl VfsFuse {
             lower.push(self.home.empty());
         }
         let work = self.home.work(id)?;
-        let _quiet = claim(&upper, PATIENCE)?;
+        let _quiet = claim(&upper, self.patience(id))?;
         self.quota.prepare(id)?;
         self.home.settle(id)?;
         self.remember_lower(id, parents)?;
@@ -129,6 +130,20 @@ impl VfsFuse {
         }
         let volatile: &[&str] = if self.wishes.volatile { &["volatile"] } else { &[] };
         self.mount_of(&lower, Some((&upper, &work)), volatile)
+    }
+
+    /// How long to wait for the layer's daemon: not at all while it has a mount in this namespace. Some callers hold locks
+    /// that everybody else waits for, and others have many layers to remove.
+    fn patience(&self, id: LayerId) -> Duration {
+        let shown = mount::table().is_ok_and(|table| table.iter().any(|entry| self.shows(entry, id)));
+        if shown { Duration::ZERO } else { PATIENCE }
+    }
+
+    /// Whether a mount says of itself that it is this layer: `graphdriver:DIR:LAYER`, DIR being the store's.
+    fn shows(&self, entry: &MountInfo, id: LayerId) -> bool {
+        let told = || entry.source.to_str()?.strip_prefix("graphdriver:")?.rsplit_once(':');
+        entry.fstype.as_bytes().starts_with(b"fuse")
+            && told().is_some_and(|(dir, layer)| self.home.path().starts_with(dir) && layer == id.to_string())
     }
 
     /// Notes durably what the files of an active layer will be based on.
@@ -259,7 +274,7 @@ impl GraphDriver for VfsFuse {
             if !work.is_dir() {
                 return self.home.commit(id);
             }
-            let _quiet = claim(&self.home.diff(id), PATIENCE)?;
+            let _quiet = claim(&self.home.diff(id), self.patience(id))?;
             self.home.settle(id)?;
             self.complete(id, &work)?;
             self.home.commit(id)
@@ -316,7 +331,7 @@ impl GraphDriver for VfsFuse {
 
     fn remove(&self, id: LayerId) -> Result<()> {
         let remove = || {
-            match claim(&self.home.diff(id), PATIENCE) {
+            match claim(&self.home.diff(id), self.patience(id)) {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
                 _ => {}
             }
