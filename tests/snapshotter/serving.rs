@@ -311,6 +311,7 @@ fn prometheus_is_answered_on_this_host_alone() {
     on(&here("prometheus_is_answered_on_this_host_alone"), On::Overlay2, |s| {
         let dir = s.root.parent().unwrap().to_owned();
         s.layer("base", "", |_| ());
+        s.prepare("work", "base").unwrap();
         assert!(s.stop().success());
         let refused_address = {
             let mut command = graphdriver(&dir.join("root"), "overlay2");
@@ -338,7 +339,24 @@ fn prometheus_is_answered_on_this_host_alone() {
         ] {
             assert!(answer.contains(line), "{line} is not in {answer}");
         }
+        let bytes: Vec<_> = answer.lines().filter(|line| line.starts_with("graphdriver_layer_bytes")).collect();
+        assert!(matches!(bytes.as_slice(), [one] if one.contains("kind=\"committed\"")), "{bytes:?}");
     });
+}
+
+#[test]
+fn addresses_of_the_wrong_form_are_refused_with_the_right_one() {
+    let refused = |arguments: [&str; 2], wanted: &str| {
+        let out = Command::new(BINARY).arg("snapshotter").args(arguments).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.code() == Some(2) && said.contains(wanted), "{arguments:?}: {said}");
+    };
+    for url in ["unix:///nonexistent/socket", "unix:/nonexistent/socket"] {
+        refused(["--socket", url], "write /nonexistent/socket");
+    }
+    for address in ["localhost:9324", "9324"] {
+        refused(["--metrics", address], "127.0.0.1:9324");
+    }
 }
 
 #[test]
