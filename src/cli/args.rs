@@ -518,7 +518,7 @@ pub(crate) struct SnapshotterArgs {
     /// How the log on standard error is written
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// Print what to put into containerd's config.toml, and end
+    /// Print what to put into a file that containerd's config.toml imports, and end
     #[arg(long)]
     pub print_containerd_config: bool,
 }
