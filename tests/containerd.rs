@@ -242,6 +242,41 @@ fn containerd_maps_ids_on_btrfs() {
     containerd_maps_ids("containerd_maps_ids_on_btrfs", "btrfs");
 }
 
+/// Limits by the labels that containerd hands on to snapshotters, on a filesystem that has none.
+const LIMITED: &str = r#"
+up
+ctr images import --snapshotter graphdriver "$ARCHIVE" > imported
+image=$(ctr images ls -q)
+for label in graphdriver.size=banana graphdriver.size=10M graphdriver.inodes=-1 graphdriver.inodes=1000; do
+    name=${label//[.=]/-}
+    if ctr run --snapshotter graphdriver --snapshotter-label "containerd.io/snapshot/$label" "$image" "$name" \
+        /bin/sh -c 'echo ran' 2> "said-$name"; then
+        echo "nothing refuses $label"
+    fi
+    grep -Eo 'label containerd.io[^ ]* is "[^"]*"|quota' "said-$name" | head -n 1
+done
+[[ $(sn ls | grep -c Active) == 0 ]]
+ctr run --snapshotter graphdriver "$image" free /bin/sh -c 'echo ran'
+"#;
+
+#[test]
+fn containerd_hands_on_limits() {
+    let missing = || no_program(&["containerd", "ctr", "runc", "busybox", "setpriv"]);
+    if skipped("containerd_hands_on_limits", no_root().or_else(missing)) {
+        return;
+    }
+    let home = Home::new();
+    let layers = vec![busybox().into_inner().unwrap()];
+    let image = Image { layers, steps: vec!["ADD base"], names: vec!["busybox:1"] };
+    std::fs::write(home.path().join("image.tar"), archive(&[image])).unwrap();
+    let said = home.ok_noisy(&format!(
+        "export GRAPHDRIVER_STORAGE_DRIVER=overlay2 ARCHIVE=image.tar\nmkdir root; mount -t tmpfs none root\n{TOOLS}\n{LIMITED}"
+    ));
+    let told = "label containerd.io/snapshot/graphdriver.size is \"banana\"\nquota\n\
+                label containerd.io/snapshot/graphdriver.inodes is \"-1\"\nquota\nran\n";
+    assert_eq!(said, told);
+}
+
 fn story(driver: &str, archive: &str, layers: usize, os: &str) {
     let home = Home::new();
     let pool = format!("gdctr{}", std::process::id());

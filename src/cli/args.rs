@@ -1,5 +1,7 @@
 //! What can be typed. The doc comments are the help texts.
 
+#[cfg(feature = "containerd")]
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{
     Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint,
 };
@@ -507,17 +509,33 @@ pub(crate) struct CheckArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SnapshotterArgs {
     /// The unix socket to listen on, unless systemd hands one over
-    #[arg(long, value_name = "PATH", default_value = "/run/graphdriver/snapshotter.sock", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "PATH", default_value = "/run/graphdriver/snapshotter.sock", value_hint = ValueHint::FilePath,
+        value_parser = TypedValueParser::try_map(PathBufValueParser::new(), socket_path))]
     pub socket: PathBuf,
     /// Answer Prometheus at http://ADDRESS/metrics, an address of this host alone such as 127.0.0.1:9324
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = metrics_address)]
     pub metrics: Option<std::net::SocketAddr>,
     /// How the log on standard error is written
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// Print what to put into containerd's config.toml, and end
+    /// Print what to put into a file that containerd's config.toml imports, and end
     #[arg(long)]
     pub print_containerd_config: bool,
+}
+
+/// containerd's tools take URLs, too; as a path one would be a directory `unix:` somewhere.
+#[cfg(feature = "containerd")]
+fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
+    let url = path.to_str().and_then(|text| text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:")));
+    match url {
+        Some(path) => Err(format!("it is a path, and no URL: write {path}")),
+        None => Ok(path),
+    }
+}
+
+#[cfg(feature = "containerd")]
+fn metrics_address(text: &str) -> Result<std::net::SocketAddr, String> {
+    text.parse().map_err(|_| "write the number of an address, and a port: 127.0.0.1:9324 or [::1]:9324".into())
 }
 
 #[cfg(feature = "containerd")]

@@ -6,7 +6,8 @@ use std::path::Path;
 pub fn containerd_config(socket: &Path, root: &Path) -> String {
     let (socket, root) = (quoted(socket), quoted(root));
     format!(
-        r#"# For /etc/containerd/config.toml: version 2 for containerd 1.6 and 1.7, version 3 for 2.x.
+        r#"# For a file that /etc/containerd/config.toml imports: imports = ["/etc/containerd/conf.d/*.toml"]
+# Version 2 for containerd 1.6 and 1.7, version 3 for 2.x.
 version = 2
 
 [proxy_plugins.graphdriver]

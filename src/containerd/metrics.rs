@@ -81,7 +81,10 @@ impl Metrics {
         for (kind, count, bytes) in &figures.layers {
             let labels = &[figures.driver, kind.as_str()];
             self.layers.with_label_values(labels).set(*count as i64);
-            self.bytes.with_label_values(labels).set(*bytes as i64);
+            // The others are not measured, which would take a walk through all their files.
+            if kind == "committed" {
+                self.bytes.with_label_values(labels).set(*bytes as i64);
+            }
         }
         self.mounts.set(figures.mounts as i64);
         self.reclaimable.set(figures.reclaimable as i64);

@@ -59,7 +59,7 @@ pub fn serve(snapshots: Snapshots, options: &ServeOptions) -> Result<()> {
 async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
     // Whoever has got a connection may end us: not before that ends calls properly.
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let socket = socket::listen(&options.socket)?;
+    let socket = socket::listen(&options.socket).await?;
     let metrics = Arc::new(Metrics::new()?);
     let (stop, stopping) = watch::channel(false);
     let told_to_stop = || {

@@ -14,7 +14,11 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpStream,
-    os::unix::{fs::MetadataExt, net::UnixDatagram},
+    os::unix::{
+        fs::MetadataExt,
+        net::{UnixDatagram, UnixListener},
+    },
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -118,7 +122,9 @@ fn killed_at_any_moment_it_loses_nothing_that_was_told() {
             assert!(there.is_superset(&known), "lost {:?}", known.difference(&there));
             assert!(there.difference(&known).all(|name| unsure.contains(name)), "{there:?} {known:?} {unsure:?}");
             for name in &there {
-                assert_eq!(fs::read_to_string(Tree::of(&s.mounts(name).unwrap()).path().join("file")).unwrap(), "text");
+                let mounts = if name.starts_with("key") { s.mounts(name) } else { s.view("look", name) };
+                assert_eq!(fs::read_to_string(Tree::of(&mounts.unwrap()).path().join("file")).unwrap(), "text");
+                let _ = s.remove("look");
             }
             s.cleanup().unwrap();
             assert_eq!(s.stored().len(), there.len());
@@ -174,8 +180,57 @@ fn the_socket_is_roots_alone_and_one_service_has_it() {
         let (code, said) = second("root", "elsewhere");
         assert!(code == Some(5) && said.contains("another snapshotter serves"), "{said}");
         let (code, said) = second("other", "socket");
-        assert!(code == Some(5) && said.contains("another snapshotter listens there"), "{said}");
+        assert!(code == Some(5) && said.contains("another process listens there"), "{said}");
         assert!(s.names(&[]).is_empty(), "the first one goes on");
+    });
+}
+
+/// What `graphdriver snapshotter --socket SOCKET` ends with, on a data root of its own.
+fn refusal(dir: &Path, socket: &Path) -> (Option<i32>, String) {
+    fs::write(dir.join("other.json"), "{}").unwrap();
+    let mut command = Command::new("timeout");
+    command.env("GRAPHDRIVER_CONFIG", dir.join("other.json"));
+    command.args(["20", BINARY, "--storage-driver", "overlay2", "--root"]).arg(dir.join("other"));
+    let out = command.args(["snapshotter", "--socket"]).arg(socket).stdin(Stdio::null()).output().unwrap();
+    (out.status.code(), String::from_utf8(out.stderr).unwrap())
+}
+
+#[test]
+fn what_is_at_the_sockets_path_is_not_destroyed() {
+    on(&here("what_is_at_the_sockets_path_is_not_destroyed"), On::Overlay2, |s| {
+        let dir = s.root.parent().unwrap();
+        let text = dir.join("precious");
+        let link = dir.join("link");
+        fs::write(&text, "text").unwrap();
+        std::os::unix::fs::symlink(&text, &link).unwrap();
+        for path in [&text, &link] {
+            let (code, said) = refusal(dir, path);
+            assert!(
+                code == Some(4) && said.contains("no socket") && said.contains("precious") | said.contains("link"),
+                "{said}"
+            );
+        }
+        fs::rename(&text, dir.join("served.new")).unwrap();
+        let (code, said) = refusal(dir, &dir.join("served"));
+        assert!(code == Some(4) && said.contains("served.new"), "{said}");
+        assert_eq!(fs::read_to_string(dir.join("served.new")).unwrap(), "text");
+
+        // Of somebody who knows nothing of our locks.
+        let foreign = dir.join("foreign");
+        let listener = UnixListener::bind(&foreign).unwrap();
+        let inode = fs::symlink_metadata(&foreign).unwrap().ino();
+        let (code, said) = refusal(dir, &foreign);
+        assert!(code == Some(5) && said.contains("another process listens there"), "{said}");
+        assert_eq!(fs::symlink_metadata(&foreign).unwrap().ino(), inode);
+        assert!(!dir.join("foreign.lock").exists(), "nothing is left beside it");
+        drop(listener);
+
+        // What has taken the place of our own socket stays.
+        let socket = s.socket.clone();
+        fs::rename(&socket, dir.join("moved")).unwrap();
+        fs::write(&socket, "text").unwrap();
+        assert!(s.stop().success());
+        assert_eq!(fs::read_to_string(&socket).unwrap(), "text");
     });
 }
 
@@ -213,6 +268,10 @@ os.execv(sys.argv[2], sys.argv[2:])";
         let mut s = Service::connect(child, dir.join("socket"), dir.join("root"), "overlay2");
         assert_eq!(hear().trim(), "READY=1");
         refused(s.stat("missing"), Code::NotFound);
+        fs::rename(&s.socket, dir.join("moved")).unwrap();
+        let (code, said) = refusal(dir, &s.socket);
+        assert!(code == Some(5) && said.contains("another process listens there"), "{said}");
+        fs::rename(dir.join("moved"), &s.socket).unwrap();
         signal(&s.child, Signal::SIGTERM);
         assert_eq!(hear().trim(), "STOPPING=1");
         assert!(s.child.wait().unwrap().success());
@@ -253,6 +312,7 @@ fn prometheus_is_answered_on_this_host_alone() {
     on(&here("prometheus_is_answered_on_this_host_alone"), On::Overlay2, |s| {
         let dir = s.root.parent().unwrap().to_owned();
         s.layer("base", "", |_| ());
+        s.prepare("work", "base").unwrap();
         assert!(s.stop().success());
         let refused_address = {
             let mut command = graphdriver(&dir.join("root"), "overlay2");
@@ -280,7 +340,24 @@ fn prometheus_is_answered_on_this_host_alone() {
         ] {
             assert!(answer.contains(line), "{line} is not in {answer}");
         }
+        let bytes: Vec<_> = answer.lines().filter(|line| line.starts_with("graphdriver_layer_bytes")).collect();
+        assert!(matches!(bytes.as_slice(), [one] if one.contains("kind=\"committed\"")), "{bytes:?}");
     });
+}
+
+#[test]
+fn addresses_of_the_wrong_form_are_refused_with_the_right_one() {
+    let refused = |arguments: [&str; 2], wanted: &str| {
+        let out = Command::new(BINARY).arg("snapshotter").args(arguments).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.code() == Some(2) && said.contains(wanted), "{arguments:?}: {said}");
+    };
+    for url in ["unix:///nonexistent/socket", "unix:/nonexistent/socket"] {
+        refused(["--socket", url], "write /nonexistent/socket");
+    }
+    for address in ["localhost:9324", "9324"] {
+        refused(["--metrics", address], "127.0.0.1:9324");
+    }
 }
 
 #[test]

@@ -7,9 +7,15 @@ use graphdriver_core::{
 };
 use std::{fmt, os::fd::OwnedFd};
 
-/// What each of these may be: the name of the label, and whether its value may have a unit.
-const SIZES: [(&str, bool); 2] = [("graphdriver.io/size", true), ("containerd.io/snapshot/max-size", false)];
-const INODES: &str = "graphdriver.io/inodes";
+/// What each of these may be: the name of the label, and whether its value may have a unit. The first given counts.
+///
+/// When containerd makes a container or unpacks an image it hands on labels below `containerd.io/snapshot/` alone.
+const SIZES: [(&str, bool); 3] = [
+    ("graphdriver.io/size", true),
+    ("containerd.io/snapshot/graphdriver.size", true),
+    ("containerd.io/snapshot/max-size", false),
+];
+const INODES: [&str; 2] = ["graphdriver.io/inodes", "containerd.io/snapshot/graphdriver.inodes"];
 const UIDS: &str = "containerd.io/snapshot/uidmapping";
 const GIDS: &str = "containerd.io/snapshot/gidmapping";
 
@@ -38,9 +44,10 @@ pub(super) fn limits(labels: &Labels) -> Result<Limits> {
         let size = size.filter(|size| size.0 > 0).ok_or_else(|| bad(name, text).hint(wanted))?;
         limits.size.get_or_insert(size);
     }
-    if let Some(text) = given(INODES) {
+    for name in INODES {
+        let Some(text) = given(name) else { continue };
         let number = text.parse().ok().filter(|number| *number > 0);
-        limits.inodes = Some(number.ok_or_else(|| bad(INODES, text).hint("write a number"))?);
+        limits.inodes.get_or_insert(number.ok_or_else(|| bad(name, text).hint("write a number"))?);
     }
     Ok(limits)
 }
@@ -171,12 +178,18 @@ mod tests {
             ("containerd.io/snapshot/max-size", "9223372036854775808"),
             ("graphdriver.io/size", "much"),
             ("graphdriver.io/size", "0"),
+            ("containerd.io/snapshot/graphdriver.size", "banana"),
         ] {
             let e = size(&[(name, value)]).unwrap_err();
             assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains(name), "{e}");
         }
-        assert_eq!(limits(&labels(&[(INODES, "7")])).unwrap().inodes, Some(7));
-        assert!(limits(&labels(&[(INODES, "-7")])).is_err());
+        let handed_on =
+            [("containerd.io/snapshot/graphdriver.size", "3k"), ("containerd.io/snapshot/max-size", "4096")];
+        assert_eq!(size(&handed_on).unwrap(), Some(3072));
+        for name in INODES {
+            assert_eq!(limits(&labels(&[(name, "7")])).unwrap().inodes, Some(7));
+            assert!(limits(&labels(&[(name, "-7")])).is_err());
+        }
     }
 
     #[test]

@@ -198,13 +198,16 @@ impl Snapshots {
         Ok(recipe)
     }
 
-    /// Tells the process `mounter` how to mount it: for writing if it is active.
+    /// Tells the process `mounter` how to mount it: for writing if it is active. Fails with `Busy` if it is committed.
     pub fn mounts(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
         self.mounts_inner(key, mounter).doing(|| format!("describing the mounts of snapshot {key:?}"))
     }
 
     fn mounts_inner(&self, key: &str, mounter: Option<u32>) -> Result<Vec<Mount>> {
         let found = self.stat(key)?;
+        if found.kind == LayerKind::Committed {
+            return Err(Error::new(ErrorKind::Busy, "it is committed").hint("make a view of it, and mount that"));
+        }
         let recipe = self.recipe(found.layer, found.kind)?;
         match found.id_maps {
             None => Ok(recipe),
