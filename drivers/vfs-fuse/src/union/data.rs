@@ -211,6 +211,10 @@ impl Union {
         if place.composed {
             return self.open_composed(object, place, write);
         }
+        self.open_plain(object, place, write)
+    }
+
+    fn open_plain(&self, object: Object<'_>, place: &Place, write: bool) -> Result<Inner> {
         if place.layer != UPPER {
             let fd = match object.name.is_empty() {
                 true => rustix::fs::openat(CWD, proc_path(object.dir, object.name), READ, Mode::empty())?,
@@ -225,9 +229,10 @@ impl Union {
     fn open_composed(&self, object: Object<'_>, place: &Place, write: bool) -> Result<Inner> {
         let prefix = self.marks.prefix;
         let Some(header) = object.get(&format!("{prefix}{}", extent::XATTR))? else {
-            if place.layer == UPPER && !super::lookup::has_data_mark(&object.list()?) {
-                // It was truncated or overwritten as a whole, which made it a plain file.
-                return Ok(Inner::Upper(Arc::new(open_upper(object, write)?)));
+            if !super::lookup::has_data_mark(&object.list()?) {
+                // Truncated or overwritten as a whole, which made it a plain file; of a lower layer, completed meanwhile by
+                // the daemon that has it for writing and is about to end.
+                return self.open_plain(object, place, write);
             }
             return self.open_metacopy(object, place);
         };

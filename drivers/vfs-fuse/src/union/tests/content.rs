@@ -54,6 +54,24 @@ fn files_are_completed_in_the_background_those_of_earlier_mounts_too() {
     assert_eq!(xattr::get(layers.path("u/d/late"), "trusted.overlay.metacopy").unwrap(), None);
 }
 
+/// A layer is mounted read-only while the daemon that had it for writing completes its last file.
+#[test]
+fn a_file_that_another_daemon_completes_meanwhile_is_read() {
+    let layers = Layers::new(1);
+    layers.write("l1/f", &vec![7; 1 << 20]);
+    let writer = layers.open();
+    let data = writer.data(writer.at("f").unwrap().id, true).unwrap();
+    data.write_at(b"new", 5).unwrap();
+    let lower = vec![layers.path("u"), layers.path("l1")];
+    let reader = Union::open(Config { lower, upper: None, work: None, ..layers.config() }).unwrap();
+    let seen = reader.at("f").unwrap().id;
+    data.extent().unwrap().complete(&mut |_| std::ops::ControlFlow::Continue(())).unwrap();
+    assert_eq!(xattr::get(layers.path("u/f"), "trusted.overlay.metacopy").unwrap(), None);
+    let mut bytes = [0; 5];
+    reader.data(seen, false).unwrap().read_at(&mut bytes, 4).unwrap();
+    assert_eq!(&bytes, b"\x07new\x07");
+}
+
 #[test]
 fn completion_changes_no_time_that_is_shown() {
     let layers = Layers::new(1);
