@@ -62,6 +62,9 @@ pub(crate) fn user_namespace(users: &str, groups: &str) -> io::Result<OwnedFd> {
     if pid == 0 {
         // SAFETY: system calls without pointers.
         unsafe {
+            // Were its parent killed, it would go on listening on the parent's sockets for a moment. Older kernels than 5.9
+            // cannot.
+            libc::syscall(libc::SYS_close_range, 0u32, u32::MAX, 0u32);
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             // Orphaned before that, it would wait for ever.
             while libc::getppid() == parent {
