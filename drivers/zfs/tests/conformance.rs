@@ -47,6 +47,10 @@ impl Subject for On {
         Some("ZFS leaves a file its capabilities when it is written to")
     }
 
+    fn changes_times_by_refused_renames(&self) -> bool {
+        true
+    }
+
     /// A layer half made, and one half removed.
     fn crash(&self) -> Option<Box<dyn Fn(LayerId) -> Result<()> + '_>> {
         Some(Box::new(|id| {

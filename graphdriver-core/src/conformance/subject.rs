@@ -40,6 +40,12 @@ pub trait Subject {
         None
     }
 
+    /// Whether a rename onto a directory that is not empty, which is refused, changes the times of the directories that hold
+    /// the two names, where the filesystem below does that by itself.
+    fn changes_times_by_refused_renames(&self) -> bool {
+        false
+    }
+
     /// The smallest size limit a layer can have.
     fn least_size(&self) -> u64 {
         0

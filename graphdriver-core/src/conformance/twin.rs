@@ -9,7 +9,7 @@ use crate::{
 use rustix::io::Errno;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 /// What is done to the driver is done to the reference, and what can be seen is compared.
@@ -72,11 +72,20 @@ impl<'s> Twin<'s> {
 
     fn run_each(&mut self, id: LayerId, ops: &[Op], must_succeed: bool) -> Result<()> {
         let mut model = self.model.tree(id, &[])?;
+        let changes_times = self.subject.changes_times_by_refused_renames();
         let Twin { clock, refused, .. } = self;
         self.subject.with_tree(id, &self.parents[&id], Access::ReadWrite, &mut |tree| {
             for op in ops {
                 let outcome = step(tree, &mut model, op);
                 *refused |= outcome == Err(Errno::XDEV);
+                if let (Op::Rename { from, to }, Err(Errno::EXIST | Errno::NOTEMPTY), true) =
+                    (op, outcome, changes_times)
+                {
+                    for dir in [from, to].map(|path| path.parent().unwrap_or(Path::new(""))) {
+                        *clock += 1;
+                        step(tree, &mut model, &Op::utimes(dir, *clock, 0))?;
+                    }
+                }
                 assert!(outcome.is_ok() || *refused || !must_succeed, "{op:?}: {outcome:?}");
             }
             // The clock gave these inodes times that no two trees share.

@@ -1,6 +1,6 @@
 //! Exact: directories that are moved, replaced, hidden and merged.
 
-use super::{Case, Subject, everyone, exact, privileged};
+use super::{Case, Subject, Twin, everyone, exact, privileged};
 use crate::{Result, model::Op};
 
 pub(super) const CASES: &[Case] = &[
@@ -140,6 +140,19 @@ pub(super) const CASES: &[Case] = &[
             ];
             let swap = [Op::rename("a", "tmp"), Op::rename("b", "a"), Op::rename("tmp", "b")];
             exact(s, &[&base, &swap, &swap, &[Op::unlink("a/both"), Op::chmod("b/both", 0o600)]])
+        },
+    },
+    Case {
+        name: "a_rename_onto_a_full_directory_is_refused_and_changes_nothing",
+        story: "a failed rename must not leave a copy-up or a time that only the layer has",
+        needs: everyone,
+        run: |s| {
+            let mut twin = Twin::new(s)?;
+            let base = twin.layer(None, &[Op::mkdir("full"), Op::write("full/f", "1"), Op::mkdir("d")])?;
+            let id = twin.create(Some(base))?;
+            twin.try_run(id, &[Op::rename("d", "full")])?;
+            twin.check(id)?;
+            twin.remove_all()
         },
     },
     Case {
