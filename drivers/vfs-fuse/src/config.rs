@@ -48,8 +48,6 @@ pub struct Config {
     pub completion: Completion,
     /// Whether file data goes from the kernel straight to the backing file where it can (needs CAP_SYS_ADMIN and Linux 6.9).
     pub passthrough: bool,
-    /// Keep CPUs from sleeping while requests follow each other, if allowed.
-    pub keep_awake: bool,
     /// Threads that serve requests; by itself as many as CPUs, at least 2.
     pub threads: Option<usize>,
 }
@@ -149,7 +147,6 @@ impl Default for Config {
             copy_up: CopyUp::default(),
             completion: Completion::default(),
             passthrough: true,
-            keep_awake: true,
             threads: None,
         }
     }

@@ -193,7 +193,6 @@ impl Reader {
             "threaded" => config.threads = (!s.flag()?).then_some(1),
             "threads" | "max_threads" => config.threads = Some(s.threads()?),
             "passthrough" => config.passthrough = s.flag()?,
-            "keep_awake" => config.keep_awake = s.flag()?,
             "copy_up" => {
                 config.copy_up = s.choice(&[
                     ("auto", CopyUp::Auto),

@@ -20,7 +20,6 @@ use super::{
     io::{FileIo, Open, with_buffer},
     io_mode::Answer,
     pool::Pool,
-    wakefulness::Wakefulness,
 };
 use crate::union::{Attr, Caller, Data, DirEntry, Entry, SetAttr, Union};
 use fuser::{
@@ -48,7 +47,6 @@ pub struct Vfs {
     pool: Arc<Pool>,
     /// Apart, as they wait for writes, which may be answered by the other.
     seeks: Arc<Pool>,
-    wakefulness: Arc<Wakefulness>,
 }
 
 struct Inner {
@@ -64,18 +62,11 @@ impl Vfs {
         let notifier = Arc::new(OnceLock::new());
         let io = FileIo::new(union.clone(), notifier.clone());
         let inner = Inner { ttl: union.ttl(), union, io, no_opendir: false };
-        let (pool, seeks, wakefulness) = Default::default();
-        (Vfs { inner: Arc::new(inner), pool, seeks, wakefulness }, notifier)
-    }
-
-    /// Counts the requests.
-    pub fn wakefulness(&self) -> Arc<Wakefulness> {
-        self.wakefulness.clone()
+        (Vfs { inner: Arc::new(inner), pool: Arc::default(), seeks: Arc::default() }, notifier)
     }
 
     /// Answers a request on this thread.
     fn now(&self, request: &'static str, answer: impl FnOnce(&Inner)) {
-        self.wakefulness.count();
         guarded(request, || answer(&self.inner));
     }
 

@@ -11,6 +11,5 @@ mod pool;
 mod recent;
 mod seek;
 mod session;
-mod wakefulness;
 
 pub use session::{Session, Target, Unmounter};

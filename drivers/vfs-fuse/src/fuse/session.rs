@@ -1,6 +1,6 @@
 //! Mounting, and serving until the unmount.
 
-use super::{filesystem::Vfs, mount::Place, wakefulness::Wakefulness};
+use super::{filesystem::Vfs, mount::Place};
 use crate::{config::Config, options::MountOptions, union::Union};
 use fuser::SessionACL;
 use graphdriver_core::{Context, Result};
@@ -27,7 +27,6 @@ pub struct Session {
     name: String,
     place: Option<Arc<Place>>,
     union: Arc<Union>,
-    wakefulness: Arc<Wakefulness>,
 }
 
 /// Unmounts from any thread.
@@ -47,7 +46,6 @@ impl Session {
     pub fn start(union: Arc<Union>, target: Target, options: &MountOptions) -> Result<Session> {
         let config = fuser_config(union.config(), options);
         let (vfs, notifier) = Vfs::new(union.clone());
-        let wakefulness = vfs.wakefulness();
         let (name, place, device) = match target {
             Target::Path(path) => {
                 let name = format!("mounting on {}", path.display());
@@ -59,15 +57,14 @@ impl Session {
         };
         let session = fuser::Session::from_fd(vfs, device, config.acl, config).doing(|| name.as_str())?;
         notifier.set(session.notifier()).expect("set here alone");
-        Ok(Session { session, name, place, union, wakefulness })
+        Ok(Session { session, name, place, union })
     }
 
     /// Serves until the unmount, and does meanwhile what the union does by itself.
     pub fn run(self) -> Result<()> {
-        let Session { session, name, place, union, wakefulness } = self;
+        let Session { session, name, place, union } = self;
         union.look_ahead();
         let _completer = union.start_completion();
-        let _ticker = if union.config().keep_awake { wakefulness.start() } else { None };
         let served = unless_aborted(session.run()).doing(|| format!("{name}: answering the kernel"));
         // Kept so long, that it can be unmounted.
         drop(place);
