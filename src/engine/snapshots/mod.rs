@@ -8,6 +8,7 @@ mod idmapped;
 mod labels;
 mod names;
 mod page;
+mod pattern;
 mod rebase;
 pub(super) mod row;
 mod sight;
