@@ -185,6 +185,34 @@ fn the_socket_is_roots_alone_and_one_service_has_it() {
     });
 }
 
+#[test]
+fn another_driver_than_the_snapshots_own_is_refused() {
+    on(&here("another_driver_than_the_snapshots_own_is_refused"), On::VfsFuse, |s| {
+        let root = s.root.clone();
+        let dir = root.parent().unwrap();
+        s.prepare("work", "").unwrap();
+        // While it is served and after it.
+        let refused = || {
+            let mut command = graphdriver(&root, "overlay2");
+            let out = command.args(["snapshotter", "--socket"]).arg(dir.join("elsewhere")).output().unwrap();
+            let said = String::from_utf8(out.stderr).unwrap();
+            assert!(out.status.code() == Some(2) && said.contains("--storage-driver vfs-fuse"), "{said}");
+            assert!(said.contains("another --root") && !root.join("overlay2").exists(), "{said}");
+        };
+        refused();
+        assert!(s.stop().success());
+        refused();
+        // The command line may, and what it makes is in nobody's way.
+        assert!(graphdriver(&root, "overlay2").arg("ps").status().unwrap().success());
+        let s = Service::start(dir, "vfs-fuse");
+        assert_eq!(s.names(&[]), ["work"]);
+        s.remove("work").unwrap();
+        assert!(s.stop().success());
+        let s = Service::start(dir, "overlay2");
+        assert!(s.names(&[]).is_empty());
+    });
+}
+
 /// What `graphdriver snapshotter --socket SOCKET` ends with, on a data root of its own.
 fn refusal(dir: &Path, socket: &Path) -> (Option<i32>, String) {
     fs::write(dir.join("other.json"), "{}").unwrap();
@@ -268,6 +296,7 @@ os.execv(sys.argv[2], sys.argv[2:])";
         let mut s = Service::connect(child, dir.join("socket"), dir.join("root"), "overlay2");
         assert_eq!(hear().trim(), "READY=1");
         refused(s.stat("missing"), Code::NotFound);
+        refused(s.stat("a space/12/missing"), Code::NotFound);
         fs::rename(&s.socket, dir.join("moved")).unwrap();
         let (code, said) = refusal(dir, &s.socket);
         assert!(code == Some(5) && said.contains("another process listens there"), "{said}");
@@ -281,6 +310,13 @@ os.execv(sys.argv[2], sys.argv[2:])";
         let call = lines.iter().find(|line| line["span"]["method"] == "Stat").unwrap_or_else(|| panic!("{log}"));
         assert_eq!((&call["span"]["key"], &call["code"]), (&"missing".into(), &"NotFound".into()));
         assert!(call["span"]["request"].is_u64(), "{call}");
+        // As containerd names them: 1.6 tells the namespace nowhere else.
+        let named = |key| lines.iter().find(|line| line["span"]["key"] == key).map(|line| &line["span"]["namespace"]);
+        assert_eq!(
+            (named("missing"), named("a space/12/missing")),
+            (Some(&"".into()), Some(&"a space".into())),
+            "{log}"
+        );
     });
 }
 
