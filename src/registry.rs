@@ -124,14 +124,33 @@ fn with_data(root: &Path) -> Vec<&'static str> {
     let store = |name: &str| store_dir(root, name).join("store.db");
     let mut all: Vec<_> = ALL.into_iter().filter(|name| store(name).exists()).collect();
     if all.len() > 1 {
-        all.retain(|name| has_layers(&store(name)).unwrap_or(true));
+        all.retain(|name| has_rows(&store(name), "layers").unwrap_or(true));
     }
     all
 }
 
-fn has_layers(store: &Path) -> rusqlite::Result<bool> {
+fn has_rows(store: &Path, table: &str) -> rusqlite::Result<bool> {
     let db = rusqlite::Connection::open_with_flags(store, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    db.query_row("SELECT EXISTS (SELECT 1 FROM layers)", [], |row| row.get(0))
+    db.query_row(&format!("SELECT EXISTS (SELECT 1 FROM {table})"), [], |row| row.get(0))
+}
+
+/// Fails if there are containerd's snapshots under `root` and `driver` has none of them: containerd would take it that all
+/// are lost.
+pub fn check_snapshots_driver(root: &Path, driver: &str) -> Result<()> {
+    // A store that cannot be read, or is older than snapshots, is in nobody's way.
+    let has_snapshots = |name: &str| has_rows(&store_dir(root, name).join("store.db"), "snapshots").unwrap_or(false);
+    let holders: Vec<_> = ALL.into_iter().filter(|name| has_snapshots(name)).collect();
+    if holders.is_empty() || holders.contains(&driver) {
+        return Ok(());
+    }
+    let holders = holders.join(", ");
+    let why = format!(
+        "containerd's snapshots in {} are in the store of the storage driver {holders}, and none is in that of {driver}: \
+         containerd would lose them",
+        root.display()
+    );
+    let what = format!("serve them with --storage-driver {holders}, or begin anew with {driver} under another --root");
+    Err(Error::new(ErrorKind::InvalidInput, why).hint(what))
 }
 
 fn first_usable(root: &Path, options: &Options) -> Result<DriverFactory> {

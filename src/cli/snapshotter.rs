@@ -5,7 +5,7 @@ use super::{
     output,
 };
 use graphdriver::{
-    Engine, Snapshots,
+    Snapshots,
     config::Settings,
     containerd::{self, ServeOptions},
 };
@@ -19,7 +19,7 @@ pub(crate) fn snapshotter(settings: Settings, args: SnapshotterArgs) -> Result<(
         return output::line(containerd::containerd_config(&socket, &settings.data_root).trim_end());
     }
     log(settings.debug, args.log_format);
-    let snapshots = Snapshots::open(Engine::open(settings)?)?;
+    let snapshots = Snapshots::open(settings)?;
     containerd::serve(snapshots, &ServeOptions { socket, metrics: args.metrics })
 }
 

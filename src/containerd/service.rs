@@ -82,9 +82,16 @@ struct Call<'a> {
 
 impl<'a> Call<'a> {
     fn new<T>(method: &'static str, request: &'a Request<T>, key: &'a str) -> Call<'a> {
-        let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
-        Call { method, namespace: namespace.unwrap_or_default(), key }
+        let told = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        Call { method, namespace: told.or_else(|| namespace_in(key)).unwrap_or_default(), key }
     }
+}
+
+/// containerd 1.6 tells the namespace in keys alone: NAMESPACE/NUMBER/KEY.
+fn namespace_in(key: &str) -> Option<&str> {
+    let (namespace, rest) = key.split_once('/')?;
+    let (number, _) = rest.split_once('/')?;
+    number.parse::<u64>().is_ok().then_some(namespace)
 }
 
 /// Frees storage in the background, so that removing does not wait; `Cleanup` does.

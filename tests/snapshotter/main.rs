@@ -53,6 +53,18 @@ macro_rules! cases {
             })*
 
             #[test]
+            fn two_hundred_at_once() {
+                let test = super::name(module_path!(), "two_hundred_at_once");
+                super::on(&test, super::On::$on, |service| super::serving::two_hundred_at_once(&service));
+            }
+
+            #[test]
+            fn killed_at_any_moment_it_loses_nothing_that_was_told() {
+                let test = super::name(module_path!(), "killed_at_any_moment_it_loses_nothing_that_was_told");
+                super::on(&test, super::On::$on, super::serving::killed_at_any_moment_it_loses_nothing_that_was_told);
+            }
+
+            #[test]
             fn stopped_twice_it_has_everything() {
                 let test = super::name(module_path!(), "stopped_twice_it_has_everything");
                 super::on(&test, super::On::$on, super::suite::stopped_twice_it_has_everything);

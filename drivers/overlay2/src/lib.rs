@@ -130,7 +130,7 @@ impl Overlay2 {
     }
 
     fn recipe_read_only(&self, id: LayerId, parents: &[LayerId]) -> Result<Mount> {
-        let mut lower = self.home.chain(std::iter::once(id).chain(parents.iter().copied()))?;
+        let mut lower = self.home.chain(id, parents)?;
         // The kernel wants at least two lower directories where there is no upper one.
         if lower.len() == 1 {
             lower.push(self.home.empty());
@@ -141,7 +141,7 @@ impl Overlay2 {
     }
 
     fn recipe_read_write(&self, id: LayerId, parents: &[LayerId]) -> Result<Mount> {
-        let mut chain = self.home.chain(std::iter::once(id).chain(parents.iter().copied()))?;
+        let mut chain = self.home.chain(id, parents)?;
         let upper = chain.remove(0);
         if chain.is_empty() {
             chain.push(self.home.empty());
@@ -222,7 +222,7 @@ impl GraphDriver for Overlay2 {
                 );
                 return Err(Error::new(ErrorKind::Unsupported, why));
             }
-            self.home.create(id, parents, options, |dir| self.quota.limit_new(id, dir, limits))
+            self.home.create(id, parents, options, |dir| self.quota.limit_new(id, dir, limits).map(|()| None))
         };
         create().map_err(|e: Error| e.doing(format!("creating layer {id}")))
     }

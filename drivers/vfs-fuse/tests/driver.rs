@@ -224,6 +224,27 @@ fn changes_tar_and_usage_of_an_active_layer_count_incomplete_files_as_they_are()
 
 /// Completing needs the layers that the file was based on, whatever was opened and forgotten in between.
 #[test]
+fn what_a_durable_layer_lies_on_is_noted_as_it_is_made() {
+    let rig = Rig::with(&[]);
+    for (id, parents) in [(1, &[][..]), (2, &[1])] {
+        rig.create(id, parents).unwrap();
+        rig.driver.commit(LayerId(id)).unwrap();
+    }
+    let durable = LayerOptions { durable: true, ..LayerOptions::default() };
+    rig.driver.create(LayerId(3), &ids(&[2, 1]), &durable).unwrap();
+    rig.create(4, &[2, 1]).unwrap();
+    let note = |id: u64| rig.home().join(format!("{id}/lower"));
+    assert_eq!(fs::read_to_string(note(3)).unwrap(), "2\n1\n");
+    assert!(!note(4).exists(), "it has no flush that could take it along");
+    let inode = fs::metadata(note(3)).unwrap().ino();
+    for id in [3, 4] {
+        rig.driver.mount(LayerId(id), &ids(&[2, 1]), Access::ReadWrite).unwrap();
+        assert_eq!(fs::read_to_string(note(id)).unwrap(), "2\n1\n");
+    }
+    assert_eq!(fs::metadata(note(3)).unwrap().ino(), inode, "written once");
+}
+
+#[test]
 fn an_interrupted_commit_is_finished_by_another_process() {
     let rig = Rig::with(&[("vfs-fuse.copy_up", "extent")]);
     for (id, parents, name) in [(1, &[][..], "bottom"), (2, &[1], "top")] {

@@ -37,13 +37,15 @@ use rustix::{
     io::Errno,
 };
 use std::{
+    collections::HashMap,
     ffi::OsStr,
-    fs::DirBuilder,
+    fs::{DirBuilder, File},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::DirBuilderExt},
     },
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// Such a directory, opened.
@@ -51,13 +53,16 @@ use std::{
 pub struct Home {
     path: PathBuf,
     xattrs: OverlayXattrs,
+    /// Layers that were found to be there as parents, and whether their roots are opaque. Nothing of that can change, as
+    /// parents are committed, and no number is used twice; and a container at the end of a long chain asks for each.
+    parents: Mutex<HashMap<LayerId, bool>>,
 }
 
 impl Home {
     /// Makes what is missing of the directory `path`, which is absolute and whose layers keep overlayfs's attributes in
     /// `xattrs`.
     pub fn open(path: &Path, xattrs: OverlayXattrs) -> Result<Home> {
-        let home = Home { path: path.into(), xattrs };
+        let home = Home { path: path.into(), xattrs, parents: Mutex::default() };
         make_dirs(&home.empty())?;
         fs::chmod(home.empty(), Mode::from(0o755)).doing(|| "making the empty layer")?;
         Ok(home)
@@ -93,17 +98,37 @@ impl Home {
         DiffDir { path: self.diff(id), xattrs: self.xattrs, escape }
     }
 
-    /// The directories of a chain, topmost first, down to the first whose root is opaque. Names the missing layer.
-    pub fn chain(&self, ids: impl IntoIterator<Item = LayerId>) -> Result<Vec<PathBuf>> {
-        let mut chain = Vec::new();
-        for id in ids {
-            let opaque = narrow::has(self.open_diff(id)?.as_fd(), self.xattrs, "opaque")?;
-            chain.push(self.diff(id));
+    /// The directories of a layer and its parents, topmost first, down to the first whose root is opaque. Names the missing
+    /// layer.
+    pub fn chain(&self, id: LayerId, parents: &[LayerId]) -> Result<Vec<PathBuf>> {
+        let mut chain = vec![self.diff(id)];
+        let mut opaque = self.is_opaque(id)?;
+        for parent in parents {
             if opaque {
                 break;
             }
+            chain.push(self.diff(*parent));
+            opaque = self.parent_is_opaque(*parent)?;
         }
         Ok(chain)
+    }
+
+    fn is_opaque(&self, id: LayerId) -> Result<bool> {
+        narrow::has(self.open_diff(id)?.as_fd(), self.xattrs, "opaque")
+    }
+
+    fn known_parents(&self) -> MutexGuard<'_, HashMap<LayerId, bool>> {
+        self.parents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same of a parent, which is looked at once. Fails with `NotFound` if it is not there.
+    fn parent_is_opaque(&self, id: LayerId) -> Result<bool> {
+        if let Some(known) = self.known_parents().get(&id) {
+            return Ok(*known);
+        }
+        let opaque = self.is_opaque(id)?;
+        self.known_parents().insert(id, opaque);
+        Ok(opaque)
     }
 
     /// The directory of a layer's own changes. Fails with `NotFound` if there is no such layer.
@@ -124,16 +149,17 @@ impl Home {
         Ok(work)
     }
 
-    /// Makes an active layer whole or not at all. `prepare` gets its directory before it has its name.
+    /// Makes an active layer whole or not at all. `prepare` gets its directory before it has its name; a file that it
+    /// returns is written down with the layer.
     pub fn create(
         &self,
         id: LayerId,
         parents: &[LayerId],
         options: &LayerOptions,
-        prepare: impl FnOnce(&Path) -> Result<()>,
+        prepare: impl FnOnce(&Path) -> Result<Option<File>>,
     ) -> Result<()> {
         for parent in parents {
-            self.open_diff(*parent)?;
+            self.parent_is_opaque(*parent)?;
         }
         let there = || Error::new(ErrorKind::AlreadyExists, "it is there already");
         if self.layer(id).exists() {
@@ -144,7 +170,7 @@ impl Home {
         let new = format!("new-{id}");
         self.remove_dir(&new)?;
         self.build(&self.path.join(&new), parents.first().copied())?;
-        prepare(&self.path.join(&new))?;
+        let file = prepare(&self.path.join(&new))?;
         match fs::renameat_with(CWD, self.path.join(&new), CWD, self.layer(id), RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {
                 self.remove_dir(&new)?;
@@ -154,6 +180,9 @@ impl Home {
         }
         if options.durable {
             // A journal writes all down for the first of them. Until this returns, nobody relies on any of it.
+            if let Some(file) = file {
+                file.sync_all().doing(|| format!("flushing a file of layer {id}"))?;
+            }
             durable::flush_dirs(&self.path, &[""])?;
             durable::flush_dirs(&self.layer(id), &["", "diff", "work"])?;
         }
@@ -241,6 +270,7 @@ impl Home {
 
     /// Removes a layer, or what is left of one; none there is no error.
     pub fn remove(&self, id: LayerId) -> Result<()> {
+        self.known_parents().remove(&id);
         self.remove_dir(&id.to_string())?;
         self.remove_dir(&format!("new-{id}"))
     }

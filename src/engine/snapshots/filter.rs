@@ -4,30 +4,38 @@
 //! filter   = selector { "," selector }          all have to hold; of several filters one
 //! selector = path [ operator value ]            without operator: the field is there
 //! path     = field { "." field }                name, parent, kind, labels.LABEL
-//! field    = letters, digits, "_" and "-", or a quoted string
-//! operator = "==" | "!=" | "~="                 the last one takes a regular expression
-//! value    = anything up to a comma or white space, or a quoted string; after "~=" also /…/ and |…|
+//! field    = letters, digits, "_" and "-", or a string in double quotes
+//! operator = "==" | "!=" | "~="                 the last one takes a regular expression of Go
+//! value    = visible characters up to a comma or white space, or a string in double quotes; after "~=" also /…/ and |…|
 //! ```
+//!
+//! White space is allowed only before a field, an operator and a value. A value that is not quoted begins with none of
+//! `= ! ~ . " / |`. Quoted strings have Go's escapes, those in `/` and `|` too, with their own quote instead of `"`: `/\\d/`.
+//! containerd 1.6 wants quotes around a field with "-", later ones take it as it is.
 
-use super::row::Snapshot;
+use super::{pattern, row::Snapshot};
 use graphdriver_core::{Error, ErrorKind, Result};
 use regex::Regex;
+use std::sync::LazyLock;
 
 /// Which snapshots are wanted.
 #[derive(Debug)]
 pub(super) struct Filters(Vec<Vec<Selector>>);
 
+/// What is quoted may be no UTF-8, and is compared by its bytes.
+type Bytes = Vec<u8>;
+
 #[derive(Debug)]
 struct Selector {
-    path: Vec<String>,
+    path: Vec<Bytes>,
     test: Test,
 }
 
 #[derive(Debug)]
 enum Test {
     Present,
-    Equal(String),
-    NotEqual(String),
+    Equal(Bytes),
+    NotEqual(Bytes),
     /// None: no regular expression, so that nothing matches it, as with containerd.
     Matches(Option<Regex>),
 }
@@ -52,19 +60,19 @@ impl Selector {
         let text = value.as_deref().unwrap_or_default();
         match &self.test {
             Test::Present => value.is_some(),
-            Test::Equal(wanted) => value.is_some() && text == wanted,
-            Test::NotEqual(unwanted) => text != unwanted,
+            Test::Equal(wanted) => value.is_some() && text.as_bytes() == wanted,
+            Test::NotEqual(unwanted) => text.as_bytes() != unwanted,
             Test::Matches(pattern) => pattern.as_ref().is_some_and(|pattern| pattern.is_match(text)),
         }
     }
 }
 
-fn field(snapshot: &Snapshot, path: &[String]) -> Option<String> {
-    match path[0].as_str() {
-        "name" => Some(snapshot.name.clone()),
-        "parent" => Some(snapshot.parent.clone().unwrap_or_default()),
-        "kind" => Some(snapshot.kind.to_string()),
-        "labels" => snapshot.labels.get(&path[1..].join(".")).cloned(),
+fn field(snapshot: &Snapshot, path: &[Bytes]) -> Option<String> {
+    match path[0].as_slice() {
+        b"name" => Some(snapshot.name.clone()),
+        b"parent" => Some(snapshot.parent.clone().unwrap_or_default()),
+        b"kind" => Some(snapshot.kind.to_string()),
+        b"labels" => snapshot.labels.get(str::from_utf8(&path[1..].join(&b'.')).ok()?).cloned(),
         _ => None,
     }
 }
@@ -76,6 +84,10 @@ struct Parser<'a> {
 
 impl Parser<'_> {
     fn filter(&mut self) -> Result<Vec<Selector>> {
+        if let Some(at) = self.text.find(['\0', char::REPLACEMENT_CHARACTER]) {
+            self.at = at;
+            return Err(self.error("neither NUL nor U+FFFD"));
+        }
         let mut selectors = vec![self.selector()?];
         while self.take(",") {
             selectors.push(self.selector()?);
@@ -91,88 +103,97 @@ impl Parser<'_> {
         if matches!(self.peek(), None | Some(',')) {
             return Ok(Selector { path, test: Test::Present });
         }
-        let operator = ["==", "!=", "~="].into_iter().find(|operator| self.take(operator));
-        let test = match operator.ok_or_else(|| self.error("==, != or ~="))? {
+        self.skip_space();
+        let test = match self.while_true(is_operator).as_str() {
             "==" => Test::Equal(self.value(false)?),
             "!=" => Test::NotEqual(self.value(false)?),
-            _ => Test::Matches(pattern(&self.value(true)?)),
+            "~=" => Test::Matches(pattern(&self.value(true)?)),
+            _ => return Err(self.error("==, != or ~=")),
         };
         Ok(Selector { path, test })
     }
 
-    fn name(&mut self) -> Result<String> {
+    fn name(&mut self) -> Result<Bytes> {
+        self.skip_space();
         if self.peek() == Some('"') {
             return self.quoted();
         }
         let name = self.while_true(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
-        if name.is_empty() { Err(self.error("a field's name")) } else { Ok(name) }
+        if name.is_empty() { Err(self.error("a field's name")) } else { Ok(name.into()) }
     }
 
-    fn value(&mut self, pattern: bool) -> Result<String> {
+    fn value(&mut self, pattern: bool) -> Result<Bytes> {
+        self.skip_space();
         match self.peek() {
             Some('"') => self.quoted(),
             Some('/' | '|') if pattern => self.quoted(),
-            _ => {
-                let value = self.while_true(|c| c != ',' && !c.is_whitespace());
-                if value.is_empty() { Err(self.error("a value")) } else { Ok(value) }
+            None | Some(',' | '.' | '/' | '|') => Err(self.error("a value")),
+            Some(c) if is_operator(c) => Err(self.error("a value")),
+            Some(first) => {
+                // Of the first character nothing else is asked.
+                let begin = self.at;
+                self.at += first.len_utf8();
+                let rest = &self.text[self.at..];
+                self.at += VISIBLE.find(rest).map_or(0, |found| found.end());
+                Ok(self.text[begin..self.at].into())
             }
         }
     }
 
-    /// A string in double quotes with Go's escapes, or a pattern in its own, where only the quote needs one.
-    fn quoted(&mut self) -> Result<String> {
+    /// A string with Go's escapes in quotes, which are the next character.
+    fn quoted(&mut self) -> Result<Bytes> {
         let quote = self.next().expect("the caller has seen it");
-        let mut text = String::new();
+        let mut bytes = Bytes::new();
+        let push = |bytes: &mut Bytes, c: char| bytes.extend(c.encode_utf8(&mut [0; 4]).bytes());
         loop {
             match self.next() {
                 None | Some('\n') => return Err(self.error("the end of the quoted string")),
-                Some(c) if c == quote => return Ok(text),
-                Some('\\') if quote == '"' => text.push(self.escaped()?),
-                Some('\\') => match self.next() {
-                    Some(c) if c == quote => text.push(c),
-                    other => text.extend(['\\'].into_iter().chain(other)),
+                Some(c) if c == quote => return Ok(bytes),
+                Some('\\') => match self.escaped(quote).ok_or_else(|| self.error("an escape as in Go"))? {
+                    Escaped::Byte(byte) => bytes.push(byte),
+                    Escaped::Char(c) => push(&mut bytes, c),
                 },
-                Some(c) => text.push(c),
+                Some(c) => push(&mut bytes, c),
             }
         }
     }
 
-    fn escaped(&mut self) -> Result<char> {
-        let number = |parser: &mut Self, digits: usize, radix: u32| {
-            let end = parser.at + digits;
-            let value = parser.text.get(parser.at..end).and_then(|digits| u32::from_str_radix(digits, radix).ok());
-            parser.at = end.min(parser.text.len());
-            value.and_then(char::from_u32)
-        };
-        let c = match self.next() {
-            Some('a') => Some('\x07'),
-            Some('b') => Some('\x08'),
-            Some('f') => Some('\x0c'),
-            Some('n') => Some('\n'),
-            Some('r') => Some('\r'),
-            Some('t') => Some('\t'),
-            Some('v') => Some('\x0b'),
-            Some(c @ ('\\' | '"')) => Some(c),
-            Some('x') => number(self, 2, 16),
-            Some('u') => number(self, 4, 16),
-            Some('U') => number(self, 8, 16),
-            Some('0'..='7') => {
+    fn escaped(&mut self, quote: char) -> Option<Escaped> {
+        Some(match self.next()? {
+            'a' => Escaped::Char('\x07'),
+            'b' => Escaped::Char('\x08'),
+            'f' => Escaped::Char('\x0c'),
+            'n' => Escaped::Char('\n'),
+            'r' => Escaped::Char('\r'),
+            't' => Escaped::Char('\t'),
+            'v' => Escaped::Char('\x0b'),
+            c if c == '\\' || c == quote => Escaped::Char(c),
+            'x' => Escaped::Byte(self.number(2, 16)?.try_into().ok()?),
+            'u' => Escaped::Char(go_char(self.number(4, 16)?)?),
+            'U' => Escaped::Char(go_char(self.number(8, 16)?)?),
+            '0'..='7' => {
                 self.at -= 1;
-                number(self, 3, 8)
+                Escaped::Byte(self.number(3, 8)?.try_into().ok()?)
             }
-            _ => None,
-        };
-        c.ok_or_else(|| self.error("an escape as in Go"))
+            _ => return None,
+        })
     }
 
-    /// The next character that is no white space.
-    fn peek(&mut self) -> Option<char> {
-        self.while_true(char::is_whitespace);
+    fn number(&mut self, digits: usize, radix: u32) -> Option<u32> {
+        let text = self.text.get(self.at..self.at + digits)?;
+        self.at += digits;
+        text.chars().all(|c| c.is_digit(radix)).then(|| u32::from_str_radix(text, radix).ok())?
+    }
+
+    fn peek(&self) -> Option<char> {
         self.text[self.at..].chars().next()
     }
 
+    fn skip_space(&mut self) {
+        self.while_true(char::is_whitespace);
+    }
+
     fn take(&mut self, token: &str) -> bool {
-        self.peek();
         let found = self.text[self.at..].starts_with(token);
         self.at += if found { token.len() } else { 0 };
         found
@@ -197,8 +218,28 @@ impl Parser<'_> {
     }
 }
 
-fn pattern(text: &str) -> Option<Regex> {
-    Regex::new(text).inspect_err(|e| tracing::warn!("the pattern {text:?} of a filter matches nothing: {e}")).ok()
+enum Escaped {
+    Byte(u8),
+    Char(char),
+}
+
+/// What follows in a value that is not quoted: what Go calls graphic.
+static VISIBLE: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"\A[\p{L}\p{M}\p{N}\p{P}\p{S}--,]+").expect("it is a pattern"));
+
+fn is_operator(c: char) -> bool {
+    matches!(c, '=' | '!' | '~')
+}
+
+/// Go writes a half of a surrogate pair as U+FFFD.
+fn go_char(number: u32) -> Option<char> {
+    char::from_u32(number).or((0xd800..0xe000).contains(&number).then_some(char::REPLACEMENT_CHARACTER))
+}
+
+fn pattern(text: &[u8]) -> Option<Regex> {
+    let compiled = str::from_utf8(text).map_err(|e| e.to_string()).and_then(pattern::compile);
+    let shown = String::from_utf8_lossy(text);
+    compiled.inspect_err(|e| tracing::warn!("the pattern {shown:?} of a filter matches nothing: {e}")).ok()
 }
 
 #[cfg(test)]
@@ -208,7 +249,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn snapshot() -> Snapshot {
-        let labels = [("a", "1"), ("containerd.io/gc.root", "x,y"), ("very complex", "q\"q")];
+        let labels = [
+            ("a", "1"),
+            ("containerd.io/gc.root", "x,y"),
+            ("very complex", "q\"q"),
+            ("accent", "é"),
+            ("my-label", "a=!~.\"/|é"),
+        ];
         Snapshot {
             name: "default/7/key".into(),
             layer: LayerId(3),
@@ -235,49 +282,116 @@ mod tests {
             &["parent"],
             &["parent==\"\""],
             &["name==default/7/key"],
-            &["kind == active , name != other"],
+            &[" kind == active,\n name != other"],
             &["kind==committed", "kind==active"],
             &["labels.a==1,labels.a!=2"],
-            &["labels.\"containerd.io/gc.root\"==\"x,y\""],
+            &["labels.my-label==a=!~.\"/|é"],
+            &["labels. \"containerd.io/gc.root\"==\"x,y\""],
             &["labels.\"very complex\"==\"q\\\"q\""],
+            &["\"labels\".a", "kind==view"],
             &["labels.missing!=1"],
             &["name~=/default\\/[0-9]+/"],
-            &["name~=|t/\\d/k|"],
+            &["name~=|t/\\\\d/k|"],
+            &["name~=\"\\\\d\""],
+            &["name~=\\d/\\Qkey\\E\\z"],
             &["name~=^def"],
             &["labels.a==\"\\x31\"", "kind==none"],
+            &["labels.accent==\"\\xc3\\xa9\",labels.accent==\"\\303\\251\",labels.accent==\"\\u00e9\""],
+            &["labels.accent!=\"\\xe9\""],
+            &["labels.\"\\xff\"!=a"],
         ] {
             assert!(accepts(yes), "{yes:?}");
         }
-        for no in ["name==other", "labels.missing", "labels.missing==\"\"", "kind==view", "size", "name~=/[/", "labels"]
-        {
+        for no in [
+            "name==other",
+            "labels.missing",
+            "labels.missing==\"\"",
+            "kind==view",
+            "size",
+            "name~=/[/",
+            "labels",
+            "labels.accent==\"\\xe9\"",
+            "name~=\"\\xff\"",
+            "labels.a~=x**",
+            "labels.a==\"\\ud800\"",
+            "labels.\"\\xff\"",
+        ] {
             assert!(!accepts(&[no]), "{no}");
         }
     }
 
+    /// containerd 1.6.20 and the scanner of 2.x refuse all of these.
     #[test]
     fn what_is_refused() {
         for bad in [
             ",",
-            "name=x",
-            "name==",
-            "name==a b",
-            "name==\"a",
+            ".",
+            " ",
             "=x",
-            "name@=x",
             "a..b",
+            "name.",
             "name,",
-            "\"\\q\"==1",
+            "name ",
+            "name ,kind",
+            "name .a",
+            "labels/a",
+            "labels.|a|",
+            "labels.é",
+            "'name'",
+            "name=x",
+            "name===x",
+            "name==!x",
+            "name== !x",
+            "name=!x",
+            "name~x",
+            "name@=x",
+            "name==",
+            "name== ",
+            "name==,kind",
+            "name==.a",
+            "name==a b",
+            "name==a ",
+            "name==a ,kind",
+            "name==a\u{1}",
+            "name==a\u{200b}",
+            "name==a\u{e000}",
+            "name==a\0",
+            "name==a\u{fffd}",
+            "\0",
+            "name==\"\u{fffd}\"",
+            "name==\"a",
+            "name==\"a\nb\"",
+            "name==\"a\"b",
+            "name==\"a\" ,kind",
+            "name==/a/",
+            "name==|a|",
+            "name!=/a/",
             "name~=/a",
+            "name~=/\\d/",
+            "name~=|\\d|",
+            "name~=\"\\d\"",
+            "name~=/a\\|b/",
+            "name~=/a/b",
+            "\"\\q\"==1",
+            "name==\"\\'\"",
+            "name==\"\\/\"",
+            "name==\"\\400\"",
+            "name==\"\\08\"",
+            "name==\"\\+1\"",
+            "name==\"\\x+1\"",
             "name==\"\\u12\"",
+            "name==\"\\U00110000\"",
         ] {
-            let e = Filters::parse(&[bad.into()]).unwrap_err();
+            let e = Filters::parse(&[bad.into()]).expect_err(bad);
             assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("filter"), "{bad}: {e}");
+            // One of several is enough.
+            Filters::parse(&["name".into(), bad.into()]).unwrap_err();
         }
     }
 
     proptest! {
         #[test]
-        fn any_value_can_be_quoted(value in "[^\\p{C}]*") {
+        fn any_value_can_be_quoted(value in "[^\\p{C}\u{fffd}]*") {
             let quoted = value.replace('\\', "\\\\").replace('"', "\\\"");
             let filters = Filters::parse(&[format!("labels.l==\"{quoted}\"")]).unwrap();
             let mut there = snapshot();

@@ -8,6 +8,7 @@ mod idmapped;
 mod labels;
 mod names;
 mod page;
+mod pattern;
 mod rebase;
 pub(super) mod row;
 mod sight;
@@ -17,6 +18,7 @@ pub use row::{Labels, Snapshot};
 pub use summary::{Figures, SnapshotSpace};
 
 use super::Engine;
+use crate::{config::Settings, registry};
 use graphdriver_core::{
     Access, Context, Error, ErrorKind, LayerId, LayerOptions, Limits, Mount, Result, Usage,
     store::{self, CommitInfo, LayerKind},
@@ -42,8 +44,13 @@ pub struct Snapshots {
 const LONGEST_NAME: usize = 4096;
 
 impl Snapshots {
-    /// Takes the store for itself. Fails with `Busy` if another process serves its snapshots.
-    pub fn open(engine: Engine) -> Result<Snapshots> {
+    /// Opens the store and takes it for itself. Fails with `Busy` if another process serves its snapshots, and with
+    /// `InvalidInput`, before anything is made, if there are none and the store of another driver beside it has some.
+    pub fn open(settings: Settings) -> Result<Snapshots> {
+        let root = &settings.data_root;
+        let factory = registry::choose(root, settings.storage_driver.as_deref(), &settings.storage_opts)?;
+        registry::check_snapshots_driver(root, factory.name)?;
+        let engine = Engine::open(settings)?;
         check_path(engine.layers.dir())?;
         let path = engine.layers.dir().join("snapshotter.lock");
         let lock = File::create(&path).doing(|| format!("opening {}", path.display()))?;

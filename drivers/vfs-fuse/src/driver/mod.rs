@@ -9,9 +9,10 @@
 //! uses
 //! ```
 //!
-//! with `user` for `trusted` where the privilege for that is missing. An active layer that has been mounted for writing
-//! also has the file `HOME/ID/lower`: the numbers of the layers below it, topmost first, one a line. Files copied up by
-//! extents count their lower layers there, and are completed from it when the layer is committed.
+//! with `user` for `trusted` where the privilege for that is missing. An active layer that was made to survive a power cut,
+//! or has been mounted for writing, also has the file `HOME/ID/lower`: the numbers of the layers below it, topmost first,
+//! one a line. Files copied up by extents count their lower layers there, and are completed from it when the layer is
+//! committed.
 //!
 //! A recipe is served by the program `vfs-fuse` ([`mount`](graphdriver_core::mount) starts it), which holds a lock on the
 //! layer's `diff` while it does.
@@ -34,7 +35,14 @@ use graphdriver_core::{
 use graphdriver_quota::LayerQuota;
 use options::Wishes;
 use probe::Support;
-use std::{collections::BTreeSet, fs, io::ErrorKind as Io, os::unix::ffi::OsStrExt, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{ErrorKind as Io, Write},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    time::Duration,
+};
 
 /// How the engine finds this driver.
 pub const FACTORY: DriverFactory = DriverFactory {
@@ -110,12 +118,12 @@ impl VfsFuse {
     }
 
     fn recipe_read_only(&self, id: LayerId, parents: &[LayerId]) -> Result<Mount> {
-        let lower = self.home.chain(std::iter::once(id).chain(parents.iter().copied()))?;
+        let lower = self.home.chain(id, parents)?;
         self.mount_of(&lower, None, &["ro"])
     }
 
     fn recipe_read_write(&self, id: LayerId, parents: &[LayerId]) -> Result<Mount> {
-        let mut lower = self.home.chain(std::iter::once(id).chain(parents.iter().copied()))?;
+        let mut lower = self.home.chain(id, parents)?;
         let upper = lower.remove(0);
         if lower.is_empty() {
             lower.push(self.home.empty());
@@ -148,16 +156,15 @@ impl VfsFuse {
 
     /// Notes durably what the files of an active layer will be based on.
     fn remember_lower(&self, id: LayerId, parents: &[LayerId]) -> Result<()> {
-        let text: String = parents.iter().map(|parent| format!("{parent}\n")).collect();
+        let text = lower_text(parents);
         let (path, new) = (self.home.layer(id).join("lower"), self.home.layer(id).join("lower.new"));
         if fs::read_to_string(&path).is_ok_and(|there| there == text) {
             return Ok(());
         }
         let write = || {
-            fs::write(&new, text)?;
-            fs::File::open(&new)?.sync_all()?;
+            write_new(&new, &text)?.sync_all()?;
             fs::rename(&new, &path)?;
-            fs::File::open(self.home.layer(id))?.sync_all()
+            Ok::<_, Error>(fs::File::open(self.home.layer(id))?.sync_all()?)
         };
         write().doing(|| format!("writing {}", path.display()))
     }
@@ -177,7 +184,7 @@ impl VfsFuse {
     /// unpacked into.
     fn complete(&self, id: LayerId, work: &Path) -> Result<()> {
         let Some(parents) = self.remembered_lower(id)? else { return Ok(()) };
-        let mut lower = self.home.chain(std::iter::once(id).chain(parents))?;
+        let mut lower = self.home.chain(id, &parents)?;
         let upper = lower.remove(0);
         if lower.is_empty() {
             lower.push(self.home.empty());
@@ -186,6 +193,20 @@ impl VfsFuse {
         let config = Config { lower, upper: Some(upper), work: Some(work.into()), user_xattrs, ..Config::default() };
         extent::complete_layer(&config).map(drop).doing(|| "completing the files that were copied up by extents")
     }
+}
+
+/// The file `lower` of a layer on these.
+fn lower_text(parents: &[LayerId]) -> String {
+    parents.iter().map(|parent| format!("{parent}\n")).collect()
+}
+
+fn write_new(path: &Path, text: &str) -> Result<fs::File> {
+    let write = || {
+        let mut file = fs::File::create(path)?;
+        file.write_all(text.as_bytes())?;
+        Ok::<_, std::io::Error>(file)
+    };
+    write().doing(|| format!("writing {}", path.display()))
 }
 
 /// Refuses a data directory whose layers would be misread here.
@@ -262,7 +283,11 @@ impl GraphDriver for VfsFuse {
                 let why = format!("{} parents, and vfs-fuse mounts at most {most} here", parents.len());
                 return Err(Error::new(ErrorKind::Unsupported, why));
             }
-            self.home.create(id, parents, options, |dir| self.quota.limit_new(id, dir, limits))
+            self.home.create(id, parents, options, |dir| {
+                self.quota.limit_new(id, dir, limits)?;
+                // What has to survive is going to be mounted, and has no flush of its own for this.
+                options.durable.then(|| write_new(&dir.join("lower"), &lower_text(parents))).transpose()
+            })
         };
         create().doing(|| format!("creating layer {id}"))
     }

@@ -40,14 +40,8 @@ pub fn complete_layer(config: &Config) -> Result<Completed> {
         Error::new(ErrorKind::InvalidInput, "completing files needs an upper layer").hint("give upperdir=")
     })?;
     let root = open_root(upper).doing(|| format!("opening the upper layer {}", upper.display()))?;
-    // Files made where holes could be trusted are completed even where they no longer could.
-    let unit = match &config.work {
-        Some(work) => open_root(work).and_then(|work| probe(work.as_fd())).ok().flatten(),
-        None => None,
-    };
     let prefix = if config.sees_trusted() { OverlayXattrs::Trusted } else { OverlayXattrs::User }.prefix();
-    let unit = unit.unwrap_or(Unit(65536));
-    let mut walk = Walk { config, prefix, unit, done: Completed::default(), others: 0 };
+    let mut walk = Walk { config, prefix, unit: None, done: Completed::default(), others: 0 };
     walk.directory(root, &mut upper.clone())?;
     let incomplete = config.work.as_ref().is_some_and(|work| work.join(INCOMPAT[2]).exists());
     if incomplete && walk.done.files == 0 && walk.others > 0 {
@@ -79,10 +73,19 @@ fn open_root(path: &PathBuf) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
+/// Found out for the first file, as it waits for the disk and few layers have any. Files made where holes could be trusted
+/// are completed even where they no longer could.
+fn unit_of(config: &Config) -> Unit {
+    let found =
+        config.work.as_ref().and_then(|work| open_root(work).and_then(|work| probe(work.as_fd())).ok().flatten());
+    found.unwrap_or(Unit(65536))
+}
+
 struct Walk<'a> {
     config: &'a Config,
     prefix: &'static str,
-    unit: Unit,
+    /// What an extent file is made of, once there was one.
+    unit: Option<Unit>,
     done: Completed,
     /// Files with a header that does not count.
     others: u64,
@@ -132,7 +135,8 @@ impl Walk<'_> {
             .doing(|| "reading its header of an extent file")
             .map_err(|e| e.hint("it was damaged, or written by a newer version"))?;
         let lower = self.lower(&header)?;
-        let file = ExtentFile::open(open(OFlags::RDWR)?, lower, header, self.prefix, self.unit, true).map_err(|e| {
+        let unit = *self.unit.get_or_insert_with(|| unit_of(self.config));
+        let file = ExtentFile::open(open(OFlags::RDWR)?, lower, header, self.prefix, unit, true).map_err(|e| {
             Error::from(e).hint("it or its lower file was replaced or copied since; the original layers are needed")
         })?;
         let bytes = &mut self.done.bytes;
