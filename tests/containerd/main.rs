@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod debian;
+mod killed;
 
 use common::{Home, Image, archive, file, no_program, no_root, skipped, skipped_outside_guest, special};
 use debian::Debian;
