@@ -4,6 +4,14 @@
 use super::{limited, mapped, prints, real_image, story};
 use crate::common::{Home, no_program, no_root, skipped, skipped_unless_asked};
 
+/// Those that the machine's own kernel can.
+pub(crate) const DRIVERS: &[&str] = &[
+    "overlay2",
+    "vfs-fuse",
+    #[cfg(feature = "btrfs")]
+    "btrfs",
+];
+
 /// Whose containerd, runc and everything else a script runs.
 pub(crate) struct Debian(Option<String>);
 
@@ -46,7 +54,7 @@ impl Debian {
 }
 
 /// The Debian, unless it is not asked for.
-fn asked_for(test: &str, suite: &str) -> Option<Debian> {
+pub(crate) fn asked_for(test: &str, suite: &str) -> Option<Debian> {
     let names = std::env::var("GRAPHDRIVER_DEBIANS").unwrap_or_default();
     let asked = names.split(',').any(|name| name == suite);
     let reason = (!asked).then(|| format!("GRAPHDRIVER_DEBIANS does not name {suite}"));
@@ -74,12 +82,10 @@ fn containerd_of(test: &str, suite: &str, major: &str, config: u32) {
         assert!(said.starts_with(major) && said.ends_with("\n\"graphdriver\"\n"), "{said}");
     }
     let image = real_image();
-    let drivers =
-        if cfg!(feature = "btrfs") { &["overlay2", "vfs-fuse", "btrfs"][..] } else { &["overlay2", "vfs-fuse"] };
-    for driver in drivers {
+    for driver in DRIVERS {
         story(&debian, driver, &image, 6, "debian");
     }
-    for driver in drivers.iter().filter(|driver| **driver != "vfs-fuse") {
+    for driver in DRIVERS.iter().filter(|driver| **driver != "vfs-fuse") {
         mapped(&debian, driver);
     }
     limited(&debian);

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod debian;
+mod docker;
 mod killed;
 
 use common::{Home, Image, archive, file, no_program, no_root, skipped, skipped_outside_guest, special};
@@ -42,9 +43,9 @@ path = "$PWD/cd/opt"
 TOML
     service
     containerd
-    trap 'status=$?; ctr task rm -f beats > /dev/null 2>&1 || :; kill $containerd $service; wait
+    trap 'status=$?; ctr task rm -f beats > /dev/null 2>&1 || :; ${dockerd+docker rm -f beats} > /dev/null 2>&1 || :; kill ${dockerd-} $containerd $service; wait
           rmdir /sys/fs/cgroup/*/$CONTAINERD_NAMESPACE /sys/fs/cgroup/$CONTAINERD_NAMESPACE 2> /dev/null || :
-          ((status == 0)) || tail -n 30 cd/log service.log; exit $status' EXIT
+          ((status == 0)) || tail -n 30 */log service.log; exit $status' EXIT
 }
 "#;
 
