@@ -7,7 +7,7 @@ pub fn containerd_config(socket: &Path, root: &Path) -> String {
     let (socket, root) = (quoted(socket), quoted(root));
     format!(
         r#"# For a file that /etc/containerd/config.toml imports: imports = ["/etc/containerd/conf.d/*.toml"]
-# Version 2 for containerd 1.6 and 1.7, version 3 for 2.x.
+# For containerd 1.6 to 2.x: none minds the plugins that it has not got.
 version = 2
 
 [proxy_plugins.graphdriver]
@@ -19,13 +19,20 @@ version = 2
   [proxy_plugins.graphdriver.exports]
     root = {root}
 
-# For Kubernetes:
+# For Kubernetes, with containerd 1 and 2. An imported file of version 2 is not migrated to 3.
 [plugins."io.containerd.grpc.v1.cri".containerd]
   snapshotter = "graphdriver"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "graphdriver"
 
-# With version = 3 in place of the stanza above:
-#[plugins."io.containerd.cri.v1.images"]
-#  snapshotter = "graphdriver"
+# What containerd 2 may unpack images into when they are pulled or imported. This replaces a list in a file imported before,
+# and overlayfs is what is in it by default.
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "overlayfs"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "graphdriver"
 "#
     )
 }

@@ -6,7 +6,7 @@
 #[path = "../skip/mod.rs"]
 mod skip;
 
-pub use skip::{no_program, skipped, skipped_outside_guest};
+pub use skip::{no_program, skipped, skipped_outside_guest, skipped_unless_asked};
 
 use sha2::{Digest, Sha256};
 use std::{

@@ -38,6 +38,12 @@ pub fn skipped_outside_guest(test: &str, unmet: Option<String>) -> bool {
     true
 }
 
+/// The same for what runs only where it is asked for: never a failure.
+#[allow(dead_code)] // Most test binaries that share this have nothing of the kind.
+pub fn skipped_unless_asked(test: &str, unmet: Option<String>) -> bool {
+    unmet.inspect(|reason| note(test, reason)).is_some()
+}
+
 /// Which of these programs is missing.
 #[allow(dead_code)] // Not all test binaries that share this run programs.
 pub fn no_program(programs: &[&str]) -> Option<String> {

@@ -1,8 +1,13 @@
 //! The real containerd with runc on the service: from an archive to containers and back to nothing.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod debian;
+mod docker;
+mod killed;
 
 use common::{Home, Image, archive, file, no_program, no_root, skipped, skipped_outside_guest, special};
+use debian::Debian;
 use std::{path::Path, process::Command};
 use tar::{Builder, EntryType};
 
@@ -38,9 +43,9 @@ path = "$PWD/cd/opt"
 TOML
     service
     containerd
-    trap 'status=$?; ctr task rm -f beats > /dev/null 2>&1 || :; kill $containerd $service; wait
+    trap 'status=$?; ctr task rm -f beats > /dev/null 2>&1 || :; ${dockerd+docker rm -f beats} > /dev/null 2>&1 || :; kill ${dockerd-} $containerd $service; wait
           rmdir /sys/fs/cgroup/*/$CONTAINERD_NAMESPACE /sys/fs/cgroup/$CONTAINERD_NAMESPACE 2> /dev/null || :
-          ((status == 0)) || tail -n 30 cd/log service.log; exit $status' EXIT
+          ((status == 0)) || tail -n 30 */log service.log; exit $status' EXIT
 }
 "#;
 
@@ -136,11 +141,16 @@ echo "left $(graphdriver --format json df | jq -c '.[2] | [.TotalCount, .Size]')
 "#;
 
 /// A real image of Debian's packages.
-fn debian() -> String {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/make-image");
-    let made = Command::new(script).output().expect("scripts/make-image runs");
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    format!("{}/docker.tar", String::from_utf8(made.stdout).unwrap().trim())
+fn real_image() -> String {
+    format!("{}/docker.tar", prints("scripts/make-image", &[]))
+}
+
+/// What one of the project's own programs prints.
+fn prints(script: &str, arguments: &[&str]) -> String {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
+    let made = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("running {script}: {e}"));
+    assert!(made.status.success(), "{script}: {}", String::from_utf8_lossy(&made.stderr));
+    String::from_utf8(made.stdout).unwrap().trim().to_owned()
 }
 
 /// A layer made of busybox.
@@ -173,7 +183,7 @@ fn small() -> Vec<u8> {
 fn containerd_uses(test: &str, driver: &str) {
     let missing = || no_program(&["containerd", "ctr", "runc", "jq", "setpriv", "mount.fuse3", "mkfs.btrfs"]);
     if !skipped(test, no_root().or_else(missing)) {
-        story(driver, &debian(), 6, "debian");
+        story(&Debian::ours(), driver, &real_image(), 6, "debian");
     }
 }
 
@@ -185,7 +195,7 @@ fn containerd_uses_in_guest(test: &str, driver: &str, device: &str) {
     if !skipped_outside_guest(test, no_root().or_else(lacking).or_else(missing)) {
         let image = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(image.path(), small()).unwrap();
-        story(driver, image.path().to_str().unwrap(), 3, "busybox");
+        story(&Debian::ours(), driver, image.path().to_str().unwrap(), 3, "busybox");
     }
 }
 
@@ -215,15 +225,24 @@ graphdriver check > /dev/null
 
 fn containerd_maps_ids(test: &str, driver: &str) {
     let missing = || no_program(&["containerd", "ctr", "runc", "busybox", "setpriv", "mkfs.btrfs"]);
-    if skipped(test, no_root().or_else(missing)) {
-        return;
+    if !skipped(test, no_root().or_else(missing)) {
+        mapped(&Debian::ours(), driver);
     }
+}
+
+/// With `image.tar`, of one layer.
+fn home_with_image() -> Home {
     let home = Home::new();
     let layers = vec![busybox().into_inner().unwrap()];
     let image = Image { layers, steps: vec!["ADD base"], names: vec!["busybox:1"] };
     std::fs::write(home.path().join("image.tar"), archive(&[image])).unwrap();
-    let said = home.ok_noisy(&format!(
-        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE=image.tar\n{TOOLS}\n{}\n{MAPPED}",
+    home
+}
+
+fn mapped(debian: &Debian, driver: &str) {
+    let said = home_with_image().ok_noisy(&format!(
+        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE=image.tar\n{TOOLS}\n{}\n{}\n{MAPPED}",
+        debian.enter(),
         ground(driver)
     ));
     let told = "0 100000 65536 0:0\nmounts 1\noutside 100005:200006 100000:200000:700 0\n1\n\
@@ -265,24 +284,35 @@ fn containerd_hands_on_limits() {
     if skipped("containerd_hands_on_limits", no_root().or_else(missing)) {
         return;
     }
-    let home = Home::new();
-    let layers = vec![busybox().into_inner().unwrap()];
-    let image = Image { layers, steps: vec!["ADD base"], names: vec!["busybox:1"] };
-    std::fs::write(home.path().join("image.tar"), archive(&[image])).unwrap();
-    let said = home.ok_noisy(&format!(
-        "export GRAPHDRIVER_STORAGE_DRIVER=overlay2 ARCHIVE=image.tar\nmkdir root; mount -t tmpfs none root\n{TOOLS}\n{LIMITED}"
+    limited(&Debian::ours());
+}
+
+fn limited(debian: &Debian) {
+    let said = home_with_image().ok_noisy(&format!(
+        "export GRAPHDRIVER_STORAGE_DRIVER=overlay2 ARCHIVE=image.tar\n{TOOLS}\n{}\n\
+         mkdir root; mount -t tmpfs none root\n{LIMITED}",
+        debian.enter()
     ));
     let told = "label containerd.io/snapshot/graphdriver.size is \"banana\"\nquota\n\
                 label containerd.io/snapshot/graphdriver.inodes is \"-1\"\nquota\nran\n";
     assert_eq!(said, told);
 }
 
-fn story(driver: &str, archive: &str, layers: usize, os: &str) {
+#[test]
+fn the_configuration_in_dist_is_what_is_printed() {
+    let home = Home::new();
+    let printed = home.ok("graphdriver --root /var/lib/graphdriver snapshotter --print-containerd-config");
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/containerd-config.toml");
+    assert_eq!(printed, std::fs::read_to_string(dist).unwrap());
+}
+
+fn story(debian: &Debian, driver: &str, archive: &str, layers: usize, os: &str) {
     let home = Home::new();
     let pool = format!("gdctr{}", std::process::id());
     let outside = Outside { pool: pool.clone(), state: home.root().join("devicemapper/data/pool.json") };
     let said = home.ok_noisy(&format!(
-        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE={archive} POOL={pool}\n{TOOLS}\n{}\n{STORY}",
+        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE={archive} POOL={pool}\n{TOOLS}\n{}\n{}\n{STORY}",
+        debian.enter(),
         ground(driver)
     ));
     drop(outside);

@@ -1,0 +1,90 @@
+//! Docker with containerd's image store, which keeps images and containers in the snapshotter that its `storage-driver` names.
+
+use super::{
+    TOOLS,
+    debian::{DRIVERS, Debian, asked_for},
+    ground, home_with_image,
+};
+
+/// Without a network: bridges and packet filters are none of the snapshotter's business.
+const DOCKER: &str = r#"
+up
+mkdir docker
+cat > docker/daemon.json <<JSON
+{
+  "features": { "containerd-snapshotter": true },
+  "storage-driver": "graphdriver",
+  "containerd": "$PWD/cd/sock",
+  "containerd-namespace": "$CONTAINERD_NAMESPACE",
+  "cgroup-parent": "/$CONTAINERD_NAMESPACE",
+  "hosts": ["unix://$PWD/docker/sock"],
+  "data-root": "$PWD/docker/root", "exec-root": "$PWD/docker/exec", "pidfile": "$PWD/docker/pid",
+  "bridge": "none", "iptables": false, "ip6tables": false
+}
+JSON
+export DOCKER_HOST=unix://$PWD/docker/sock
+setpriv --pdeathsig TERM dockerd --config-file docker/daemon.json > docker/log 2>&1 &
+dockerd=$!
+until_true docker version
+docker info --format '{{.Driver}} {{index .DriverStatus 0 1}}'
+docker load -qi "$ARCHIVE"
+run() { docker run --network none "$@"; }
+run --name first busybox:1 /bin/sh -c \
+    '. /etc/os-release; echo "$ID"; echo from first > /written; rm /usr/share/doc/gone; chmod 700 /opt'
+docker diff first | sort | paste -sd ' '
+docker commit first committed > /dev/null
+run --name second committed /bin/sh -c 'cat /written; ls /usr/share/doc; stat -c %a /opt; echo from second > /written'
+docker start -a second | tail -n 1
+
+run -d --name beats committed /bin/sh -c 'while :; do echo beat >> /beats; sleep 0.1; done' > /dev/null
+beats() { docker exec beats grep -c beat /beats; }
+until_true beats
+kill -KILL $service; wait $service || :
+before=$(beats)
+service
+until_true sn info "$(docker inspect -f '{{.Id}}' beats)"
+sleep 0.5
+(($(beats) > before)) && echo "goes on"
+docker cp second:/written - | tar -xO
+# Of a container that runs Docker copies through a mount of its own, which vfs-fuse refuses.
+copied=$(docker cp beats:/written - 2> refused | tar -xO 2> /dev/null) || copied=$(grep -o 'a vfs-fuse has' refused)
+echo "$copied"
+
+graphdriver mounts | grep -c "$(docker inspect -f '{{.Id}}' beats)"
+docker rm -f first second beats > /dev/null
+docker rmi committed busybox:1 > /dev/null
+nothing() { graphdriver info | grep -q '^Layers: 0$'; }
+until_true nothing
+graphdriver check > /dev/null
+echo "left $(sn ls | tail -n +2 | wc -l)"
+"#;
+
+fn docker_on(debian: &Debian, driver: &str) {
+    let said = home_with_image().ok_noisy(&format!(
+        "export GRAPHDRIVER_STORAGE_DRIVER={driver} ARCHIVE=image.tar\n{TOOLS}\n{}\n{}\n{DOCKER}",
+        debian.enter(),
+        ground(driver)
+    ));
+    let copied = if driver == "vfs-fuse" { "a vfs-fuse has" } else { "from first" };
+    let told = "graphdriver io.containerd.snapshotter.v1\nLoaded image: busybox:1\ndebian\n\
+                A /written C /opt C /usr C /usr/share C /usr/share/doc D /usr/share/doc/gone\n\
+                from first\n700\n700\ngoes on\nfrom second\n";
+    assert_eq!(said, format!("{told}{copied}\n1\nleft 0\n"));
+}
+
+fn docker_of(test: &str, suite: &str) {
+    let Some(debian) = asked_for(test, suite) else { return };
+    for driver in DRIVERS {
+        docker_on(&debian, driver);
+    }
+}
+
+#[test]
+fn docker_of_trixie() {
+    docker_of("docker_of_trixie", "trixie");
+}
+
+#[test]
+fn docker_of_sid() {
+    docker_of("docker_of_sid", "sid");
+}
