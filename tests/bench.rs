@@ -217,7 +217,7 @@ fn blocks_that_xfs_only_sets_aside_are_not_what_containers_hold() {
 #[test]
 fn measuring_the_first_pass_leaves_the_second_alone() {
     needs!("measuring_the_first_pass_leaves_the_second_alone", "mkfs.btrfs");
-    if skipped("measuring_the_first_pass_leaves_the_second_alone", no_filesystem("btrfs")) {
+    if skipped("measuring_the_first_pass_leaves_the_second_alone", no_filesystem("btrfs").or_else(no_btrfs_driver)) {
         return;
     }
     let home = Home::new();
@@ -230,6 +230,10 @@ fn measuring_the_first_pass_leaves_the_second_alone() {
     assert!(both[1] < both[0] * 1.25, "{both:?}");
     assert_eq!(of("rewrite", "diff"), of("rewrite-again", "diff"));
     assert_nothing_is_left(&home);
+}
+
+fn no_btrfs_driver() -> Option<String> {
+    (!cfg!(feature = "btrfs")).then(|| "needs --features btrfs".into())
 }
 
 fn no_filesystem(name: &str) -> Option<String> {
@@ -258,8 +262,15 @@ fn a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one() {
             assert!(table.lines().any(told), "{workload}, {subject}: {table}");
         }
     }
-    for part in ["AMPLIFICATION", "copy-up (whole file)", "larger than 256 KiB", "out/results.json", "out/report.html"]
-    {
+    for part in [
+        "AMPLIFICATION",
+        "LATER P99",
+        "scratch files: on tmpfs (none; ",
+        "copy-up (whole file)",
+        "larger than 256 KiB",
+        "out/results.json",
+        "out/report.html",
+    ] {
         assert!(table.contains(part), "{part}: {table}");
     }
     let report = std::fs::read_to_string(home.path().join("out/report.html")).unwrap();
@@ -269,6 +280,9 @@ fn a_run_tells_of_every_workload_and_is_compared_with_an_earlier_one() {
     home.ok("grep -q '<svg' out/picture.svg");
     let path = home.path().join("out/results.json");
     let mut old: Value = serde_json::from_reader(File::open(&path).unwrap()).unwrap();
+    assert_eq!(old["host"]["scratch"]["filesystem"], "tmpfs", "{:#}", old["host"]);
+    assert!(report.contains("scratch files on"), "the report does not say what the scratch files lay on");
+    assert!(report.find("<svg") < report.find("What ran where"), "charts come first");
     let with = |measurement: &Value, field: &str| number(&measurement["samples"][0], field) > 0.0;
     for measurement in old["measurements"].as_array().unwrap() {
         assert!(with(measurement, "device_written") && with(measurement, "wall_us"), "{measurement:#}");

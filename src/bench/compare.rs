@@ -68,6 +68,9 @@ pub fn conditions(old: &Results, new: &Results) -> Vec<String> {
     differ("the version", old.version.clone(), new.version.clone());
     differ("the kernel", old.host.kernel.clone(), new.host.kernel.clone());
     differ("the number of processors", old.host.cpus.to_string(), new.host.cpus.to_string());
+    if let Some((before, now)) = old.host.scratch.as_ref().zip(new.host.scratch.as_ref()) {
+        differ("what the scratch files lie on", before.to_string(), now.to_string());
+    }
     differ("the size of the large file in bytes", old.size.to_string(), new.size.to_string());
     for subject in &new.subjects {
         if let Some(before) = old.subjects.iter().find(|other| other.name == subject.name) {
@@ -90,7 +93,20 @@ pub fn conditions(old: &Results, new: &Results) -> Vec<String> {
             );
         }
     }
+    all.extend(only_in(new, old).map(|cases| format!("these were not measured then and are not compared: {cases}")));
     all
+}
+
+/// What the one has measured and the other has not, by workload and case, once for all subjects.
+fn only_in(one: &Results, other: &Results) -> Option<String> {
+    let mut names: Vec<String> = Vec::new();
+    for alone in one.measurements.iter().filter(|here| !other.measurements.iter().any(|there| same(here, there))) {
+        let name = format!("{} {}", alone.workload, alone.case);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 fn same(one: &Measurement, other: &Measurement) -> bool {
@@ -203,6 +219,15 @@ mod tests {
         let e = check(&old, &planned(1 << 20, &[("append", "1 MiB")])).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::InvalidInput);
         assert!(["16 MiB", "1 MiB", "--size"].iter().all(|part| e.to_string().contains(part)), "{e}");
+    }
+
+    #[test]
+    fn what_only_the_new_run_has_is_named_and_no_change() {
+        let old = results(64, vec![measured("a", "append", "64 MiB", 1, 1)]);
+        let new = results(1, vec![measured("a", "append", "1 MiB", 1, 9), measured("b", "append", "1 MiB", 1, 9)]);
+        assert!(conditions(&old, &new).iter().any(|one| one.ends_with("are not compared: append 1 MiB")));
+        assert!(!conditions(&old, &old).iter().any(|one| one.contains("not compared")));
+        assert!(compare(&old, &new, &planned(1, &[("append", "1 MiB")]), 0.1).is_empty());
     }
 
     #[test]

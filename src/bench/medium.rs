@@ -1,6 +1,6 @@
 //! What is on the device: a filesystem, a ZFS pool, or nothing yet for a driver that takes the device as it is.
 
-use super::device::Device;
+use super::{device::Device, results::Scratch};
 use graphdriver_core::{Context, Error, ErrorKind, Mount, Result, mount};
 use rustix::fs::{fstatfs, fstatvfs, syncfs};
 use std::{
@@ -200,16 +200,7 @@ impl Medium {
         let table = mount::table()?;
         let shown = table.iter().rev().find(|mount| mount.mount_point == self.root());
         let shown = shown.ok_or_else(|| Error::new(ErrorKind::NotFound, "the filesystem is mounted nowhere"))?;
-        let mut all: Vec<String> = Vec::new();
-        for options in [&shown.options, &shown.super_options] {
-            let new = options.to_string_lossy();
-            for option in new.split(',').filter(|option| !option.is_empty()) {
-                if all.iter().all(|known| known != option) {
-                    all.push(option.to_owned());
-                }
-            }
-        }
-        Ok(all.join(","))
+        Ok(options_of(shown))
     }
 }
 
@@ -228,6 +219,32 @@ impl Drop for Medium {
             tracing::warn!("pool {pool} is left, to be destroyed with zpool destroy -f {pool}: {e}");
         }
     }
+}
+
+fn options_of(shown: &mount::MountInfo) -> String {
+    let mut all: Vec<String> = Vec::new();
+    for options in [&shown.options, &shown.super_options] {
+        let new = options.to_string_lossy();
+        for option in new.split(',').filter(|option| !option.is_empty()) {
+            if all.iter().all(|known| known != option) {
+                all.push(option.to_owned());
+            }
+        }
+    }
+    all.join(",")
+}
+
+/// What a directory lies on. None if the kernel shows no mount of it, as where somebody's root is hidden.
+pub(super) fn scratch(dir: &Path) -> Result<Option<Scratch>> {
+    let dir = dir.canonicalize().doing(|| format!("looking at the scratch directory {}", dir.display()))?;
+    let table = mount::table()?;
+    // Of those on the same place the last one is seen.
+    let of_it = table.iter().filter(|mount| dir.starts_with(&mount.mount_point));
+    Ok(of_it.max_by_key(|mount| mount.mount_point.components().count()).map(|mount| Scratch {
+        filesystem: mount.fstype.to_string_lossy().into_owned(),
+        device: mount.source.to_string_lossy().into_owned(),
+        mount_options: options_of(mount),
+    }))
 }
 
 /// Tries until it works: the last user, a program that serves a mount perhaps, may take a moment to go.

@@ -120,7 +120,7 @@ pub fn run(options: &Options, progress: &dyn Progress, cancel: &Cancel) -> Resul
         format: FORMAT,
         version: env!("CARGO_PKG_VERSION").into(),
         began: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
-        host: host(),
+        host: host(&options.scratch)?,
         size: sizes.large,
         repetitions: options.repetitions,
         subjects: Vec::new(),
@@ -194,13 +194,14 @@ fn isolate() -> Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).doing(|| "making mounts private")
 }
 
-fn host() -> Host {
+fn host(scratch: &Path) -> Result<Host> {
     let info = sysinfo();
-    Host {
+    Ok(Host {
         kernel: uname().release().to_string_lossy().into_owned(),
         cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
         memory: info.totalram * u64::from(info.mem_unit),
-    }
+        scratch: medium::scratch(scratch)?,
+    })
 }
 
 /// The cases of the usual size that a smaller one has no room for.

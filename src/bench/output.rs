@@ -106,7 +106,7 @@ mod tests {
             format: FORMAT,
             version: "1".into(),
             began: "2026-01-01T00:00:00Z".into(),
-            host: Host { kernel: "6".into(), cpus: 1, memory: 1 },
+            host: Host { kernel: "6".into(), cpus: 1, memory: 1, scratch: None },
             size: 1,
             repetitions: 1,
             subjects: Vec::new(),

@@ -1,7 +1,7 @@
 //! What a run measured, as `results.json` holds it.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 /// The version of the format. It grows with a change that older programs would misread, or of what the figures mean.
 pub const FORMAT: u32 = 2;
@@ -38,6 +38,26 @@ pub struct Host {
     pub cpus: u32,
     /// Memory, in bytes.
     pub memory: u64,
+    /// Where the files below the loop devices lay, on which latencies depend. None in runs of versions that did not tell.
+    #[serde(default)]
+    pub scratch: Option<Scratch>,
+}
+
+/// The filesystem of the scratch directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scratch {
+    /// Its type.
+    pub filesystem: String,
+    /// Its device, or what mountinfo has in its place.
+    pub device: String,
+    /// As the kernel shows them in mountinfo.
+    pub mount_options: String,
+}
+
+impl fmt::Display for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}; {})", self.filesystem, self.device, self.mount_options)
+    }
 }
 
 /// A driver on a filesystem, or the plain directory it is compared with.

@@ -10,7 +10,7 @@ use graphdriver::{
         self, Options,
         compare::{self, Difference},
         output as files,
-        results::{Measurement, Results, Sample, Spread},
+        results::{Latency, Measurement, Results, Sample, Spread},
     },
     config,
     progress::{Cancel, Progress, Silent},
@@ -103,26 +103,26 @@ fn table(out: &Output, results: &Results) -> Result<()> {
         "DISK READ",
         "READ AMPL.",
         "FIRST",
+        "FIRST P99",
         "LATER",
+        "LATER P99",
         "SPACE",
         "ON DISK",
         "DIFF",
         "CPU (whole machine)",
         "TIME",
     ];
-    // What tells the row, then bytes; the rest below, as all beside each other would be wider than most terminals.
-    let (rows, split) = (all.iter().map(|one| row(one)).collect::<Vec<_>>(), 8);
-    for columns in [3..split, split..header.len()] {
-        let part = [&header[..3], &header[columns.clone()]].concat();
-        out.list(&part, &rows, |row| [&row[..3], &row[columns.clone()]].concat())?;
-        output::line("")?;
-    }
+    let rows: Vec<_> = all.iter().map(|one| row(one)).collect();
+    out.wide_table(&header, &rows, 3)?;
     for subject in &results.subjects {
         output::line(format_args!("{}: {}; {}", subject.name, subject.strategy, subject.mount_options))?;
     }
     for one in &results.skipped {
         let workload = one.workload.as_deref().map(|name| format!(", {name}")).unwrap_or_default();
         output::line(format_args!("not measured: {}{workload}: {}", one.subject, one.reason))?;
+    }
+    if let Some(scratch) = &results.host.scratch {
+        output::line(format_args!("scratch files: on {scratch}"))?;
     }
     if let Some(disturbance) = results.disturbance() {
         output::line(format_args!("note: {disturbance}"))?;
@@ -145,13 +145,20 @@ fn row(one: &Measurement) -> Vec<String> {
         size(median(|sample| Some(sample.device_read as f64))),
         one.read_amplification().map_or_else(|| "-".into(), |spread| number(spread.median)),
         time(median(|sample| sample.first.map(|first| first.median))),
+        time(median(|sample| p99(sample.first))),
         time(median(|sample| sample.later.map(|later| later.median))),
+        time(median(|sample| p99(sample.later))),
         size(median(|sample| sample.space.map(|bytes| bytes as f64))),
         size(median(|sample| sample.space_on_device.map(|bytes| bytes as f64))),
         size(median(|sample| sample.diff.map(|bytes| bytes as f64))),
         time(median(Sample::cpu)),
         time(median(|sample| Some(sample.wall_us as f64))),
     ]
+}
+
+/// None of fewer than a hundred operations, of which it would only be the slowest.
+fn p99(of: Option<Latency>) -> Option<f64> {
+    of.filter(|latency| latency.count >= 100).map(|latency| latency.p99)
 }
 
 /// Three significant digits, and no more.

@@ -1,12 +1,13 @@
 //! Tables for people, JSON for programs.
 
 use super::args::Format;
-use comfy_table::{Table, TableStyle};
+use comfy_table::{ContentArrangement, Table, TableStyle};
 use graphdriver_core::{Context, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::{
     fs::Permissions,
     io::{self, IsTerminal, Write},
+    ops::Range,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -30,13 +31,22 @@ impl Output {
         if self.is_json() {
             return json(&items);
         }
-        let mut table = Table::new();
-        table.load_style(TableStyle::new()).set_header(header);
-        for column in table.column_iter_mut() {
-            column.set_padding((0, 3));
-        }
+        let mut table = table(header);
         table.add_rows(items.iter().map(row));
         line(table.trim_fmt())
+    }
+
+    /// A table for people with more columns than a terminal may have room for: then the later ones follow in tables below,
+    /// each with the first `keys` columns, which tell the rows. What is too wide even so is wrapped.
+    pub fn wide_table(&self, header: &[&str], rows: &[Vec<String>], keys: usize) -> Result<()> {
+        let room = Table::new().width().map(usize::from);
+        for columns in blocks(&widths(header, rows), keys, room) {
+            let part = |all: &[String]| [&all[..keys], &all[columns.clone()]].concat();
+            let mut table = table(&[&header[..keys], &header[columns.clone()]].concat());
+            table.set_content_arrangement(ContentArrangement::Dynamic).add_rows(rows.iter().map(|row| part(row)));
+            line(format_args!("{}\n", table.trim_fmt()))?;
+        }
+        Ok(())
     }
 
     /// One result: as JSON, or as these lines.
@@ -46,6 +56,40 @@ impl Output {
         }
         lines(value).into_iter().try_for_each(line)
     }
+}
+
+/// Between columns.
+const GAP: u16 = 3;
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(header);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, GAP));
+    }
+    table
+}
+
+/// Of each column, with its gap.
+fn widths(header: &[&str], rows: &[Vec<String>]) -> Vec<usize> {
+    let of = |n: usize| rows.iter().map(|row| row[n].chars().count()).max().unwrap_or(0);
+    let wide = |n: usize| header[n].chars().count().max(of(n)) + usize::from(GAP);
+    (0..header.len()).map(wide).collect()
+}
+
+/// The columns after the first `keys` in runs that have room beside these, of at least one; all at once without a limit.
+fn blocks(widths: &[usize], keys: usize, room: Option<usize>) -> Vec<Range<usize>> {
+    let before: usize = widths[..keys].iter().sum();
+    let (mut blocks, mut begin, mut used) = (Vec::new(), keys, before);
+    for (n, width) in widths.iter().enumerate().skip(keys) {
+        if n > begin && room.is_some_and(|room| used + width > room) {
+            blocks.push(begin..n);
+            (begin, used) = (n, before);
+        }
+        used += width;
+    }
+    blocks.push(begin..widths.len());
+    blocks
 }
 
 /// One line on standard output.
@@ -116,5 +160,20 @@ pub(crate) fn shortened(text: &str, width: usize) -> String {
     match text.char_indices().nth(width) {
         None => text.into(),
         Some(_) => text.chars().take(width - 1).chain(['…']).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_without_room_go_below() {
+        let widths = [10, 10, 20, 20, 20, 50, 5];
+        assert_eq!(blocks(&widths, 2, None), [2..7]);
+        assert_eq!(blocks(&widths, 2, Some(1000)), [2..7]);
+        assert_eq!(blocks(&widths, 2, Some(60)), [2..4, 4..5, 5..6, 6..7]);
+        // Each has at least one.
+        assert_eq!(blocks(&widths, 2, Some(1)), [2..3, 3..4, 4..5, 5..6, 6..7]);
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn lines(view: View, chart: &Lines) -> Result<Option<String>> {
         if chart.alone {
             canvas::paper(area)?;
         }
-        text(area, (8, 12), Align::Left, INK, chart.quantity.name, 120)?;
+        text(area, (8, 12), Align::Left, INK, &format!("{} (logarithmic)", chart.quantity.name), 120)?;
         let plane = axes(area, &frame, &scale, &cases, chart)?;
         for (at, one) in series.iter().enumerate() {
             // Side by side, or those that cost the same would hide each other.

@@ -69,7 +69,6 @@ const TELLING: [(&str, Option<u64>, &str); 9] = [
 pub fn html(results: &Results) -> Result<String> {
     let view = View { results };
     let sections = [
-        ("What ran where", tables::setup(view)),
         ("Write amplification", amplification(view)?),
         ("The first write", first_write(view)?),
         ("Rewriting a large file", rewriting(view)?),
@@ -77,6 +76,7 @@ pub fn html(results: &Results) -> Result<String> {
         ("Read amplification and depth", others(view)?),
         ("Copy-on-write and redirect-on-write", explanation(view)),
         ("Which one for what", explain::choice(view).map_or(String::new(), |table| CHOICE.to_owned() + &table)),
+        ("What ran where", tables::setup(view)),
         ("What was not measured", tables::skipped(view)),
         ("All figures", format!("<p>Median, and below it the smallest and the largest.</p>\n{}", tables::all(view))),
     ];

@@ -91,6 +91,7 @@ pub(super) fn setup(view: View) -> String {
         ("kernel", host.kernel.clone()),
         ("processors", host.cpus.to_string()),
         ("memory", bytes(host.memory as f64)),
+        ("scratch files on", host.scratch.as_ref().map_or_else(|| "not told".into(), ToString::to_string)),
         ("largest file", format!("{}; others have their size in the name of the case", bytes(results.size as f64))),
         ("repetitions", format!("{}, each on a fresh filesystem", results.repetitions)),
         ("disturbances", results.disturbance().unwrap_or_else(|| "none: the processors were idle before".into())),

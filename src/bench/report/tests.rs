@@ -1,5 +1,5 @@
 use super::*;
-use crate::bench::results::{FORMAT, Host, Latency, Measurement, Sample, Skipped, Subject};
+use crate::bench::results::{FORMAT, Host, Latency, Measurement, Sample, Scratch, Skipped, Subject};
 use roxmltree::Document;
 use std::collections::BTreeMap;
 
@@ -46,7 +46,7 @@ fn empty() -> Results {
         format: FORMAT,
         version: "0.1.0".to_owned(),
         began: "2026-11-22T17:00:00Z".to_owned(),
-        host: Host { kernel: "6.18.0-test".to_owned(), cpus: 2, memory: 24 << 30 },
+        host: Host { kernel: "6.18.0-test".to_owned(), cpus: 2, memory: 24 << 30, scratch: None },
         size: 64 << 20,
         repetitions: 3,
         subjects: Vec::new(),
@@ -187,7 +187,7 @@ fn nothing_is_said_of_what_was_not_measured() {
     results.measurements.retain(|m| m.subject == "overlay2 on ext4" || m.subject == "plain directory on ext4");
     let page = html(&results).unwrap();
     parsed(&page);
-    let explained = page.split("<h2>Copy-on-write").nth(1).unwrap().split("<h2>What was not").next().unwrap();
+    let explained = page.split("<h2>Copy-on-write").nth(1).unwrap().split("<h2>What ran").next().unwrap();
     for absent in ["Reflink", "Extent", "btrfs", "zfs", "Thin", "vfs-fuse", "Which one"] {
         assert!(!explained.contains(absent), "{absent}:\n{explained}");
     }
@@ -207,6 +207,8 @@ fn hostile_names_are_text() {
         subject.strategy = hostile.to_owned();
         subject.driver_options.insert(hostile.to_owned(), hostile.to_owned());
     }
+    let text = || hostile.to_owned();
+    results.host.scratch = Some(Scratch { filesystem: text(), device: text(), mount_options: text() });
     for measurement in &mut results.measurements {
         measurement.subject = format!("{hostile} {}", measurement.subject);
         measurement.case = format!("{hostile} {}", measurement.case);
