@@ -15,10 +15,11 @@ pub(crate) const DRIVERS: &[&str] = &[
 /// Whose containerd, runc and everything else a script runs.
 pub(crate) struct Debian(Option<String>);
 
-/// The rest of a script is on another root, of which nothing is written. `mount` needs the new root to be one.
-const ENTER: &str = r#"
-enter() {
-    local programs=$(dirname "$(command -v graphdriver)") at new=$PWD/debian/root
+/// A root at `$new`, of which nothing is written, with the directories of the test and of the programs.
+pub(crate) const NEW_ROOT: &str = r#"
+new_root() {
+    programs=$(dirname "$(command -v graphdriver)")
+    new=$PWD/debian/root
     mkdir debian
     mount -t tmpfs none debian
     mkdir debian/{upper,work,root}
@@ -27,8 +28,15 @@ enter() {
     ldd "$programs/graphdriver" | awk '$3 ~ "^/" { print $3 }' | while read -r at; do
         [[ -e $new$at ]] || cp "$at" "$new$at"
     done
-    for at in /proc /sys /dev; do mount --rbind "$at" "$new$at"; done
     for at in "$PWD" "$programs" "$(dirname "$(realpath "$ARCHIVE")")"; do mount --mkdir --bind "$at" "$new$at"; done
+}
+"#;
+
+/// The rest of a script is on it, which has to be the root of the mount namespace: the service enters containerd's.
+const ENTER: &str = r#"
+enter() {
+    new_root "$1"
+    for at in /proc /sys /dev; do mount --rbind "$at" "$new$at"; done
     at=$PWD
     cd "$new"
     pivot_root . mnt
@@ -47,9 +55,14 @@ impl Debian {
         Debian(Some(prints("scripts/make-debian", &[suite])))
     }
 
+    /// Its directory, which is not the machine's own.
+    pub(crate) fn root(&self) -> &str {
+        self.0.as_deref().unwrap_or("/")
+    }
+
     /// What a script does first, for all that it runs to be of this Debian.
     pub(crate) fn enter(&self) -> String {
-        self.0.as_ref().map(|root| format!("{ENTER}\nenter {root}\n")).unwrap_or_default()
+        self.0.as_ref().map(|root| format!("{NEW_ROOT}\n{ENTER}\nenter {root}\n")).unwrap_or_default()
     }
 }
 

@@ -5,6 +5,7 @@ mod common;
 mod debian;
 mod docker;
 mod killed;
+mod systemd;
 
 use common::{Home, Image, archive, file, no_program, no_root, skipped, skipped_outside_guest, special};
 use debian::Debian;
