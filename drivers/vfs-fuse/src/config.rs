@@ -50,6 +50,8 @@ pub struct Config {
     pub passthrough: bool,
     /// Threads that serve requests; by itself as many as CPUs, at least 2.
     pub threads: Option<usize>,
+    /// Whether idle CPUs are kept easy to wake while requests come in quick succession.
+    pub wake_latency: WakeLatency,
 }
 
 impl Config {
@@ -127,6 +129,18 @@ pub enum Completion {
     },
 }
 
+/// When the kernel is asked to keep idle CPUs easy to wake, which it does on all of them, during bursts of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WakeLatency {
+    /// On machines of few CPUs.
+    #[default]
+    Auto,
+    /// However many CPUs there are.
+    On,
+    /// Never.
+    Off,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -148,6 +162,7 @@ impl Default for Config {
             completion: Completion::default(),
             passthrough: true,
             threads: None,
+            wake_latency: WakeLatency::default(),
         }
     }
 }

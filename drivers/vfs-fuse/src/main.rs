@@ -13,7 +13,7 @@ Options after -o:
               xattr_permissions=0|1|2
   view        static_nlink  noacl  noxattrs  userxattr  timeout=SECONDS
   work        copy_up=auto|reflink|extent|full  complete=commit|BYTES-PER-SECOND[K|M|G]  passthrough=0|1
-              writeback=0|1  volatile  fsync=0|1  threads=N  threaded=0|1  debug
+              writeback=0|1  volatile  fsync=0|1  threads=N  threaded=0|1  wake_latency=auto|on|off  debug
   mount       ro rw  dev nodev  suid nosuid  exec noexec  atime noatime relatime  sync dirsync
               allow_other allow_root  auto_unmount  fsname=NAME  subtype=NAME  context=\"LABEL\"
   no effect   xino=on|off|auto  ino32_t  fast_ino_check=0|1  plugins=…  redirect_dir=…  metacopy=…  index=…

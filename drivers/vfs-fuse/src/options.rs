@@ -1,7 +1,7 @@
 //! `-o …`: what fuse-overlayfs takes, what mount(8) and libfuse's programs take, and what is ours. README.md says what
 //! each option does.
 
-use crate::config::{Completion, Config, CopyUp, IdMap, IdRange, Squash, XattrPermissions};
+use crate::config::{Completion, Config, CopyUp, IdMap, IdRange, Squash, WakeLatency, XattrPermissions};
 use graphdriver_core::{Error, ErrorKind, Result};
 use rustix::thread::{CapabilitySet, capabilities};
 use std::{
@@ -193,6 +193,10 @@ impl Reader {
             "threaded" => config.threads = (!s.flag()?).then_some(1),
             "threads" | "max_threads" => config.threads = Some(s.threads()?),
             "passthrough" => config.passthrough = s.flag()?,
+            "wake_latency" => {
+                let choices = [("auto", WakeLatency::Auto), ("on", WakeLatency::On), ("off", WakeLatency::Off)];
+                config.wake_latency = s.choice(&choices)?;
+            }
             "copy_up" => {
                 config.copy_up = s.choice(&[
                     ("auto", CopyUp::Auto),

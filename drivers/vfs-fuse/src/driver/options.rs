@@ -38,14 +38,25 @@ pub(super) const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "vfs-fuse.mountopt",
-        help: "more options of vfs-fuse, with commas between them: timeout, writeback, threads, noacl, nodev, nosuid, noexec",
+        help: "more options of vfs-fuse, with commas between them: timeout, writeback, threads, wake_latency, noacl, nodev, nosuid, noexec",
     },
 ];
 
 /// What `vfs-fuse.mountopt` may say. Others choose the layers, which is the driver's part, or show and store other owners
 /// and attributes than files have, which would go into images.
-const FREE: &[&str] =
-    &["timeout", "writeback", "threaded", "threads", "max_threads", "noacl", "nodev", "nosuid", "noexec", "noatime"];
+const FREE: &[&str] = &[
+    "timeout",
+    "writeback",
+    "threaded",
+    "threads",
+    "max_threads",
+    "wake_latency",
+    "noacl",
+    "nodev",
+    "nosuid",
+    "noexec",
+    "noatime",
+];
 
 /// The options, checked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -20,6 +20,7 @@ use super::{
     io::{FileIo, Open, with_buffer},
     io_mode::Answer,
     pool::Pool,
+    wake::Requests,
 };
 use crate::union::{Attr, Caller, Data, DirEntry, Entry, SetAttr, Union};
 use fuser::{
@@ -47,6 +48,7 @@ pub struct Vfs {
     pool: Arc<Pool>,
     /// Apart, as they wait for writes, which may be answered by the other.
     seeks: Arc<Pool>,
+    requests: Arc<Requests>,
 }
 
 struct Inner {
@@ -57,16 +59,17 @@ struct Inner {
 }
 
 impl Vfs {
-    /// The filesystem, and where the session's notifier is to be put.
-    pub fn new(union: Arc<Union>) -> (Vfs, Arc<OnceLock<Notifier>>) {
+    /// The filesystem, which counts its requests, and where the session's notifier is to be put.
+    pub fn new(union: Arc<Union>, requests: Arc<Requests>) -> (Vfs, Arc<OnceLock<Notifier>>) {
         let notifier = Arc::new(OnceLock::new());
         let io = FileIo::new(union.clone(), notifier.clone());
         let inner = Inner { ttl: union.ttl(), union, io, no_opendir: false };
-        (Vfs { inner: Arc::new(inner), pool: Arc::default(), seeks: Arc::default() }, notifier)
+        (Vfs { inner: Arc::new(inner), pool: Arc::default(), seeks: Arc::default(), requests }, notifier)
     }
 
     /// Answers a request on this thread.
     fn now(&self, request: &'static str, answer: impl FnOnce(&Inner)) {
+        self.requests.one_more();
         guarded(request, || answer(&self.inner));
     }
 
@@ -95,7 +98,7 @@ impl Vfs {
 
     fn guess(&self, ask: impl FnOnce(&Inner) -> bool) -> bool {
         let mut slow = false;
-        self.now("is_slow", |inner| slow = ask(inner));
+        guarded("is_slow", || slow = ask(&self.inner));
         slow
     }
 }
@@ -291,7 +294,8 @@ impl Filesystem for Vfs {
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, count: u64) {
-        self.now("forget", |fs| fs.forget(ino.0, count));
+        // Not counted: many come at once, and nobody waits for them.
+        guarded("forget", || self.inner.forget(ino.0, count));
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {

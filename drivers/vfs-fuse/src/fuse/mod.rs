@@ -11,5 +11,6 @@ mod pool;
 mod recent;
 mod seek;
 mod session;
+mod wake;
 
 pub use session::{Session, Target, Unmounter};

@@ -1,6 +1,10 @@
 //! Mounting, and serving until the unmount.
 
-use super::{filesystem::Vfs, mount::Place};
+use super::{
+    filesystem::Vfs,
+    mount::Place,
+    wake::{Requests, Ticker},
+};
 use crate::{config::Config, options::MountOptions, union::Union};
 use fuser::SessionACL;
 use graphdriver_core::{Context, Result};
@@ -27,6 +31,7 @@ pub struct Session {
     name: String,
     place: Option<Arc<Place>>,
     union: Arc<Union>,
+    requests: Arc<Requests>,
 }
 
 /// Unmounts from any thread.
@@ -45,7 +50,8 @@ impl Session {
     /// Mounts the union. The kernel's requests are answered from [`Session::run`] on.
     pub fn start(union: Arc<Union>, target: Target, options: &MountOptions) -> Result<Session> {
         let config = fuser_config(union.config(), options);
-        let (vfs, notifier) = Vfs::new(union.clone());
+        let requests = Arc::default();
+        let (vfs, notifier) = Vfs::new(union.clone(), Arc::clone(&requests));
         let (name, place, device) = match target {
             Target::Path(path) => {
                 let name = format!("mounting on {}", path.display());
@@ -57,14 +63,15 @@ impl Session {
         };
         let session = fuser::Session::from_fd(vfs, device, config.acl, config).doing(|| name.as_str())?;
         notifier.set(session.notifier()).expect("set here alone");
-        Ok(Session { session, name, place, union })
+        Ok(Session { session, name, place, union, requests })
     }
 
     /// Serves until the unmount, and does meanwhile what the union does by itself.
     pub fn run(self) -> Result<()> {
-        let Session { session, name, place, union } = self;
+        let Session { session, name, place, union, requests } = self;
         union.look_ahead();
         let _completer = union.start_completion();
+        let _ticker = Ticker::start(union.config().wake_latency, &requests)?;
         let served = unless_aborted(session.run()).doing(|| format!("{name}: answering the kernel"));
         // Kept so long, that it can be unmounted.
         drop(place);

@@ -121,6 +121,16 @@ fn threads() {
 }
 
 #[test]
+fn waking() {
+    for (name, wish) in [("auto", WakeLatency::Auto), ("on", WakeLatency::On), ("off", WakeLatency::Off)] {
+        assert_eq!(config(&format!("wake_latency={name}")).wake_latency, wish);
+    }
+    for bad in ["wake_latency", "wake_latency=1", "wake_latency="] {
+        refused(bad, &["option wake_latency", "auto, on, off"]);
+    }
+}
+
+#[test]
 fn copying_up() {
     for (name, mode) in
         [("auto", CopyUp::Auto), ("reflink", CopyUp::Reflink), ("extent", CopyUp::Extent), ("full", CopyUp::Full)]
