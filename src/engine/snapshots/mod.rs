@@ -215,7 +215,12 @@ impl Snapshots {
         if found.kind == LayerKind::Committed {
             return Err(Error::new(ErrorKind::Busy, "it is committed").hint("make a view of it, and mount that"));
         }
-        let recipe = self.recipe(found.layer, found.kind)?;
+        let recipe = match self.recipe(found.layer, found.kind) {
+            Err(e) if e.kind() == ErrorKind::Busy => {
+                return sight::bind_of(&self.engine, found.layer, mounter).map(|bind| vec![bind]).ok_or(e);
+            }
+            other => other?,
+        };
         match found.id_maps {
             None => Ok(recipe),
             Some(maps) => self.id_mapped((key, found.layer), &recipe, &IdMaps::parse(&maps)?, None, mounter),
