@@ -2,7 +2,7 @@
 
 use graphdriver_containerd_api::{
     content::{self as api, content_client::ContentClient},
-    leases::{CreateRequest, leases_client::LeasesClient},
+    leases::{AddResourceRequest, CreateRequest, Resource, leases_client::LeasesClient},
 };
 use jiff::{SignedDuration, Timestamp};
 use prost_types::FieldMask;
@@ -108,7 +108,15 @@ impl Content {
         Ok(Upload { content: self, reference, own, send, replies, buffer, size: 0, hash, failed: None })
     }
 
-    /// A blob that was there already may lack the label.
+    /// A blob that was there already is not under the lease yet, and may lack the label.
+    fn take_up(&self, digest: &str, diff: &str) -> Result<(), Status> {
+        let id = self.lease.to_str().map_err(|e| Status::invalid_argument(e.to_string()))?.to_owned();
+        let resource = Some(Resource { id: digest.into(), r#type: "content".into() });
+        let asked = self.request(AddResourceRequest { id, resource });
+        self.runtime.block_on(LeasesClient::new(self.channel.clone()).add_resource(asked))?;
+        self.label(digest, diff)
+    }
+
     fn label(&self, digest: &str, diff: &str) -> Result<(), Status> {
         let asked = self.request(api::InfoRequest { digest: digest.into() });
         let mut info = self.runtime.block_on(self.client().info(asked))?.into_inner().info.unwrap_or_default();
@@ -158,7 +166,7 @@ impl Upload<'_> {
         };
         match self.exchange(commit) {
             Ok(()) => self.own = false,
-            Err(e) if e.code() == Code::AlreadyExists => self.content.label(&digest, diff)?,
+            Err(e) if e.code() == Code::AlreadyExists => self.content.take_up(&digest, diff)?,
             Err(e) => return Err(e),
         }
         Ok((digest, self.size))
