@@ -76,6 +76,7 @@ impl Asked {
         })?;
         let diff_id = format!("sha256:{}", hex::encode(hash.finalize()));
         let (digest, size) = upload.commit(request.labels.into_iter().collect(), &diff_id)?;
+        tracing::debug!(snapshot = difference.name(), digest, size, "layer tar");
         let diff = types::Descriptor { media_type, digest, size, ..Default::default() };
         Ok(api::DiffResponse { diff: Some(diff) })
     }
