@@ -512,6 +512,10 @@ pub(crate) struct SnapshotterArgs {
     #[arg(long, value_name = "PATH", default_value = "/run/graphdriver/snapshotter.sock", value_hint = ValueHint::FilePath,
         value_parser = TypedValueParser::try_map(PathBufValueParser::new(), socket_path))]
     pub socket: PathBuf,
+    /// containerd's socket, to whose content store layer tars go if it asks for them
+    #[arg(long, value_name = "ADDRESS", default_value = "/run/containerd/containerd.sock",
+        value_hint = ValueHint::FilePath, value_parser = TypedValueParser::try_map(PathBufValueParser::new(), socket_path))]
+    pub containerd: PathBuf,
     /// Answer Prometheus at http://ADDRESS/metrics, an address of this host alone such as 127.0.0.1:9324
     #[arg(long, value_name = "ADDRESS", value_parser = metrics_address)]
     pub metrics: Option<std::net::SocketAddr>,

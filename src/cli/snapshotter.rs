@@ -20,7 +20,8 @@ pub(crate) fn snapshotter(settings: Settings, args: SnapshotterArgs) -> Result<(
     }
     log(settings.debug, args.log_format);
     let snapshots = Snapshots::open(settings)?;
-    containerd::serve(snapshots, &ServeOptions { socket, metrics: args.metrics })
+    let containerd = std::path::absolute(&args.containerd)?;
+    containerd::serve(snapshots, &ServeOptions { socket, containerd, metrics: args.metrics })
 }
 
 fn log(debug: bool, format: LogFormat) {

@@ -1,8 +1,10 @@
-//! `graphdriver snapshotter`: containerd's proxy snapshotter over a unix socket.
+//! `graphdriver snapshotter`: containerd's proxy snapshotter and differ over a unix socket.
 //!
 //! The calls are [`Snapshots`]'s; here is what the wire, systemd and a scraper of metrics need.
 
 mod config;
+mod content;
+mod diff;
 mod metrics;
 mod mounts;
 mod service;
@@ -12,7 +14,7 @@ mod status;
 pub use config::containerd_config;
 
 use crate::Snapshots;
-use graphdriver_containerd_api::snapshots::snapshots_server::SnapshotsServer;
+use graphdriver_containerd_api::{diff::diff_server::DiffServer, snapshots::snapshots_server::SnapshotsServer};
 use graphdriver_core::{Context, Error, ErrorKind, Result};
 use metrics::Metrics;
 use service::Service;
@@ -29,6 +31,8 @@ use tonic::transport::Server;
 pub struct ServeOptions {
     /// The unix socket to listen on, unless systemd hands one over.
     pub socket: PathBuf,
+    /// containerd's own socket, to which nothing connects before it asks for a layer tar.
+    pub containerd: PathBuf,
     /// Where to answer Prometheus: an address of this host alone.
     pub metrics: Option<SocketAddr>,
 }
@@ -70,9 +74,12 @@ async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
         let answering = metrics::answer(address, metrics.clone(), snapshots.clone(), told_to_stop()).await?;
         tokio::spawn(answering);
     }
-    let service = SnapshotsServer::new(Service::new(snapshots, metrics));
+    let service = Arc::new(Service::new(snapshots, metrics, options.containerd.clone()));
     let incoming = UnixListenerStream::new(socket.listener);
-    let server = Server::builder().add_service(service).serve_with_incoming_shutdown(incoming, told_to_stop());
+    let server = Server::builder()
+        .add_service(SnapshotsServer::from_arc(service.clone()))
+        .add_service(DiffServer::from_arc(service))
+        .serve_with_incoming_shutdown(incoming, told_to_stop());
     let mut server = tokio::spawn(server);
     tracing::info!(socket = %options.socket.display(), "serving");
     notify(&[sd_notify::NotifyState::Ready]);

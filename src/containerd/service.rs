@@ -9,6 +9,7 @@ use graphdriver_containerd_api::{
 use graphdriver_core::{Mount, Result, store::LayerKind};
 use prost_types::Timestamp;
 use std::{
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,7 +19,7 @@ use std::{
 use tokio::sync::Notify;
 use tonic::{Code, Request, Response, Status, transport::server::UdsConnectInfo};
 
-type Reply<T> = Result<Response<T>, Status>;
+pub(super) type Reply<T> = Result<Response<T>, Status>;
 
 /// Infos in one message of a listing: far below the 4 MiB that gRPC takes, as labels are bounded by what they are for.
 const PAGE: usize = 100;
@@ -30,19 +31,30 @@ pub(super) struct Service {
     requests: AtomicU64,
     /// Something was removed.
     removed: Arc<Notify>,
+    /// containerd's socket.
+    pub(super) containerd: PathBuf,
 }
 
 impl Service {
-    pub(super) fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>) -> Service {
+    pub(super) fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>, containerd: PathBuf) -> Service {
         let removed = Arc::new(Notify::new());
         tokio::spawn(free_removed(snapshots.clone(), removed.clone()));
-        Service { snapshots, metrics, requests: AtomicU64::new(1), removed }
+        Service { snapshots, metrics, requests: AtomicU64::new(1), removed, containerd }
     }
 
     async fn call<T: Send + 'static>(
         &self,
         call: Call<'_>,
         work: impl FnOnce(&Snapshots) -> Result<T> + Send + 'static,
+    ) -> Reply<T> {
+        self.run(call, move |snapshots| work(snapshots).map_err(|e| status::status(&e))).await
+    }
+
+    /// For work that has its own answer to what fails.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        call: Call<'_>,
+        work: impl FnOnce(&Snapshots) -> Result<T, Status> + Send + 'static,
     ) -> Reply<T> {
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         let Call { method, namespace, key } = call;
@@ -55,7 +67,7 @@ impl Service {
         let took = begun.elapsed();
         let reply = match done {
             Ok(Ok(value)) => Ok(Response::new(value)),
-            Ok(Err(e)) => Err(status::status(&e)),
+            Ok(Err(e)) => Err(e),
             Err(e) => Err(Status::internal(format!("the call did not end: {e}"))),
         };
         let code = reply.as_ref().err().map_or(Code::Ok, Status::code);
@@ -63,8 +75,8 @@ impl Service {
         let ms = took.as_millis() as u64;
         span.in_scope(|| match &reply {
             Ok(_) => tracing::debug!(ms, "done"),
-            // containerd asks for what may not be there, and makes what may be.
-            Err(e) if matches!(code, Code::NotFound | Code::AlreadyExists) => {
+            // containerd asks for what may not be there, makes what may be, and knows who else can do it.
+            Err(e) if matches!(code, Code::NotFound | Code::AlreadyExists | Code::Unimplemented) => {
                 tracing::info!(ms, code = ?code, "{}", e.message())
             }
             Err(e) => tracing::warn!(ms, code = ?code, "{}", e.message()),
@@ -74,21 +86,21 @@ impl Service {
 }
 
 /// What a log tells of a call.
-struct Call<'a> {
+pub(super) struct Call<'a> {
     method: &'static str,
     namespace: &'a str,
     key: &'a str,
 }
 
 impl<'a> Call<'a> {
-    fn new<T>(method: &'static str, request: &'a Request<T>, key: &'a str) -> Call<'a> {
+    pub(super) fn new<T>(method: &'static str, request: &'a Request<T>, key: &'a str) -> Call<'a> {
         let told = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
         Call { method, namespace: told.or_else(|| namespace_in(key)).unwrap_or_default(), key }
     }
 }
 
 /// containerd 1.6 tells the namespace in keys alone: NAMESPACE/NUMBER/KEY.
-fn namespace_in(key: &str) -> Option<&str> {
+pub(super) fn namespace_in(key: &str) -> Option<&str> {
     let (namespace, rest) = key.split_once('/')?;
     let (number, _) = rest.split_once('/')?;
     number.parse::<u64>().is_ok().then_some(namespace)
@@ -116,7 +128,7 @@ fn translate_new(snapshots: &Snapshots, key: &str, recipe: Vec<Mount>) -> Result
 }
 
 /// Who has called, which is who mounts: containerd, whose shims share its mount namespace. None if it is hidden from us.
-fn process<T>(request: &Request<T>) -> Option<u32> {
+pub(super) fn process<T>(request: &Request<T>) -> Option<u32> {
     let caller = request.extensions().get::<UdsConnectInfo>()?.peer_cred?.pid()?;
     u32::try_from(caller).ok().filter(|pid| *pid > 0)
 }

@@ -29,7 +29,7 @@ pub use info::Info;
 pub use load::Loaded;
 pub use mounts::{MountSummary, Mounted};
 pub use quota::{LimitChange, QuotaSummary};
-pub use snapshots::{Figures, Labels, Snapshot, SnapshotSpace, Snapshots};
+pub use snapshots::{Difference, Figures, Labels, Snapshot, SnapshotSpace, Snapshots};
 pub use space::{ContainerSpace, DiskUsage, ImageSpace};
 
 use crate::{

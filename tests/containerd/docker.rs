@@ -8,6 +8,8 @@ use super::{
 
 /// Without a network: bridges and packet filters are none of the snapshotter's business.
 const DOCKER: &str = r#"
+# The differ, too, and calls in the log.
+differ='/graphdriver-diff\]/,/walking/ s/^# //' debug=--debug
 up
 mkdir docker
 cat > docker/daemon.json <<JSON
@@ -32,7 +34,10 @@ run() { docker run --network none "$@"; }
 run --name first busybox:1 /bin/sh -c \
     '. /etc/os-release; echo "$ID"; echo from first > /written; rm /usr/share/doc/gone; chmod 700 /opt'
 docker diff first | sort | paste -sd ' '
+diffs() { sed 's/\x1b\[[0-9;]*m//g' service.log | grep -c 'method="Diff".* done' || :; }
+echo "diffs $(diffs)"
 docker commit first committed > /dev/null
+echo "diffs $(diffs)"
 run --name second committed /bin/sh -c 'cat /written; ls /usr/share/doc; stat -c %a /opt; echo from second > /written'
 docker start -a second | tail -n 1
 
@@ -70,7 +75,7 @@ fn docker_on(debian: &Debian, driver: &str) {
     ));
     let told = "graphdriver io.containerd.snapshotter.v1\nLoaded image: busybox:1\ndebian\n\
                 A /written C /opt C /usr C /usr/share C /usr/share/doc D /usr/share/doc/gone\n\
-                from first\n700\n700\ngoes on\nfrom second\nfrom first\nA /beats\n\
+                diffs 0\ndiffs 1\nfrom first\n700\n700\ngoes on\nfrom second\nfrom first\nA /beats\n\
                 committed while it ran\n1\nleft 0\n";
     assert_eq!(said, told);
 }

@@ -20,7 +20,8 @@ sn() { ctr snapshots --snapshotter graphdriver "$@"; }
 ctr() { command ctr --address "$PWD/cd/sock" "$@"; }
 until_true() { for _ in $(seq 300); do "$@" > /dev/null 2>&1 && return; sleep 0.1; done; echo "never true: $*" >&2; exit 1; }
 service() {
-    setpriv --pdeathsig KILL graphdriver snapshotter --socket "$PWD/service" 2>> service.log &
+    setpriv --pdeathsig KILL graphdriver ${debug-} snapshotter --socket "$PWD/service" --containerd "$PWD/cd/sock" \
+        2>> service.log &
     service=$!
 }
 containerd() {
@@ -36,7 +37,7 @@ up() {
 root = "$PWD/cd/root"
 state = "$PWD/cd/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
-$(graphdriver snapshotter --socket "$PWD/service" --print-containerd-config)
+$(graphdriver snapshotter --socket "$PWD/service" --print-containerd-config | sed "${differ-}")
 [grpc]
 address = "$PWD/cd/sock"
 [plugins."io.containerd.internal.v1.opt"]

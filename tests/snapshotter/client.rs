@@ -8,7 +8,7 @@ use graphdriver_core::{Mount, mount};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -221,7 +221,7 @@ pub fn refused<T: std::fmt::Debug>(reply: Result<T, Status>, code: Code) -> Stri
 
 /// What the mounts show, attached nowhere: gone when dropped.
 pub struct Tree {
-    _mount: OwnedFd,
+    mount: OwnedFd,
     path: PathBuf,
 }
 
@@ -229,11 +229,16 @@ impl Tree {
     pub fn of(mounts: &[types::Mount]) -> Tree {
         let recipe: Vec<_> = mounts.iter().map(recipe).collect();
         let mount = mount::detached(&recipe).unwrap_or_else(|e| panic!("{mounts:?}: {e}"));
-        Tree { path: format!("/proc/self/fd/{}", mount.as_raw_fd()).into(), _mount: mount }
+        Tree { path: format!("/proc/self/fd/{}", mount.as_raw_fd()).into(), mount }
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// To attach it.
+    pub fn mount(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
     }
 }
 

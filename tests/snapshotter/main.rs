@@ -1,6 +1,7 @@
 //! The service for containerd, through its socket.
 
 mod client;
+mod diff;
 mod ids;
 mod random;
 mod rigs;

@@ -3,6 +3,7 @@
 //! Nothing else removes these layers. The command line sees them, and cannot name them.
 
 mod chown;
+mod diff;
 mod filter;
 mod idmapped;
 mod labels;
@@ -14,6 +15,7 @@ pub(super) mod row;
 mod sight;
 mod summary;
 
+pub use diff::Difference;
 pub use row::{Labels, Snapshot};
 pub use summary::{Figures, SnapshotSpace};
 

@@ -59,6 +59,16 @@ pub(in crate::engine) fn all(db: &Connection) -> Result<Vec<Snapshot>> {
     Ok(rows.query_map([], snapshot)?.collect::<rusqlite::Result<_>>()?)
 }
 
+/// Those of these layers.
+pub(super) fn of_layers(db: &Connection, layers: &[LayerId]) -> Result<Vec<Snapshot>> {
+    let mut rows = db.prepare_cached(&format!("{SELECT} WHERE s.layer = ?1"))?;
+    let mut all = Vec::new();
+    for layer in layers {
+        all.extend(rows.query_map([layer], snapshot)?.collect::<rusqlite::Result<Vec<_>>>()?);
+    }
+    Ok(all)
+}
+
 /// How many there are.
 pub(in crate::engine) fn count(db: &Connection) -> Result<usize> {
     let count: i64 = db.query_row("SELECT count(*) FROM snapshots", [], |row| row.get(0))?;
