@@ -56,7 +56,7 @@ impl Snapshots {
     fn recipe_of(&self, snapshot: &Snapshot, mounter: Option<u32>) -> Result<Vec<Mount>> {
         match snapshot.kind {
             LayerKind::Committed => self.recipe(snapshot.layer, LayerKind::Committed),
-            _ => self.mounts_inner(&snapshot.name, mounter),
+            _ => self.own_mounts(snapshot, mounter),
         }
     }
 
@@ -69,7 +69,7 @@ impl Snapshots {
     }
 
     /// Writes the layer tar. The layer may be mounted and in use, but not as a FUSE mount, which holds back what is written:
-    /// [`difference`](Self::difference) does not find one, as its recipe is told once.
+    /// [`difference`](Self::difference) does not find one, as it cannot be mounted by a recipe of its own.
     ///
     /// Fails with `NotFound` if the snapshot was removed meanwhile: what was written then is worth nothing.
     pub fn write_difference(&self, difference: &Difference, out: impl Write) -> Result<()> {

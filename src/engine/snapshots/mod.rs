@@ -217,15 +217,18 @@ impl Snapshots {
         if found.kind == LayerKind::Committed {
             return Err(Error::new(ErrorKind::Busy, "it is committed").hint("make a view of it, and mount that"));
         }
-        let recipe = match self.recipe(found.layer, found.kind) {
-            Err(e) if e.kind() == ErrorKind::Busy => {
-                return sight::bind_of(&self.engine, found.layer, mounter).map(|bind| vec![bind]).ok_or(e);
-            }
-            other => other?,
-        };
-        match found.id_maps {
+        self.own_mounts(&found, mounter).or_else(|e| match e.kind() {
+            ErrorKind::Busy => sight::bind_of(&self.engine, found.layer, mounter).map(|bind| vec![bind]).ok_or(e),
+            _ => Err(e),
+        })
+    }
+
+    /// What shows the snapshot by itself, mounted or not. `Busy` if it is mounted and cannot be twice.
+    fn own_mounts(&self, found: &Snapshot, mounter: Option<u32>) -> Result<Vec<Mount>> {
+        let recipe = self.recipe(found.layer, found.kind)?;
+        match &found.id_maps {
             None => Ok(recipe),
-            Some(maps) => self.id_mapped((key, found.layer), &recipe, &IdMaps::parse(&maps)?, None, mounter),
+            Some(maps) => self.id_mapped((&found.name, found.layer), &recipe, &IdMaps::parse(maps)?, None, mounter),
         }
     }
 
