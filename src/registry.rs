@@ -129,27 +129,45 @@ fn with_data(root: &Path) -> Vec<&'static str> {
     all
 }
 
+fn read_only(store: &Path) -> rusqlite::Result<rusqlite::Connection> {
+    rusqlite::Connection::open_with_flags(store, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)
+}
+
 fn has_rows(store: &Path, table: &str) -> rusqlite::Result<bool> {
-    let db = rusqlite::Connection::open_with_flags(store, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    db.query_row(&format!("SELECT EXISTS (SELECT 1 FROM {table})"), [], |row| row.get(0))
+    read_only(store)?.query_row(&format!("SELECT EXISTS (SELECT 1 FROM {table})"), [], |row| row.get(0))
+}
+
+fn has_snapshots(store: &Path) -> Result<bool> {
+    // A store that is older than snapshots has no such table.
+    let table = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'snapshots')";
+    let there = read_only(store).and_then(|db| db.query_row(table, [], |row| row.get(0)));
+    match there.and_then(|there: bool| if there { has_rows(store, "snapshots") } else { Ok(false) }) {
+        Ok(has) => Ok(has),
+        Err(e) => {
+            Err(Error::new(ErrorKind::Corrupt, e.to_string()).hint("move that store away, or use another --root"))
+        }
+    }
 }
 
 /// Fails if there are containerd's snapshots under `root` and `driver` has none of them: containerd would take it that all
-/// are lost.
+/// are lost. So it does if that cannot be told of a store.
 pub fn check_snapshots_driver(root: &Path, driver: &str) -> Result<()> {
-    // A store that cannot be read, or is older than snapshots, is in nobody's way.
-    let has_snapshots = |name: &str| has_rows(&store_dir(root, name).join("store.db"), "snapshots").unwrap_or(false);
-    let holders: Vec<_> = ALL.into_iter().filter(|name| has_snapshots(name)).collect();
-    if holders.is_empty() || holders.contains(&driver) {
-        return Ok(());
+    let mut holders = Vec::new();
+    for name in ALL {
+        let store = store_dir(root, name).join("store.db");
+        if store.exists() && has_snapshots(&store).doing(|| format!("looking for snapshots in {}", store.display()))? {
+            holders.push(name);
+        }
     }
+    let Some(first) = holders.first().filter(|_| !holders.contains(&driver)) else { return Ok(()) };
+    let first = first.to_owned();
     let holders = holders.join(", ");
     let why = format!(
         "containerd's snapshots in {} are in the store of the storage driver {holders}, and none is in that of {driver}: \
          containerd would lose them",
         root.display()
     );
-    let what = format!("serve them with --storage-driver {holders}, or begin anew with {driver} under another --root");
+    let what = format!("serve them with --storage-driver {first}, or begin anew with {driver} under another --root");
     Err(Error::new(ErrorKind::InvalidInput, why).hint(what))
 }
 

@@ -97,11 +97,14 @@ pub fn conditions(old: &Results, new: &Results) -> Vec<String> {
     all
 }
 
-/// What the one has measured and the other has not, by workload and case, once for all subjects.
+/// What the one has measured and the other has not: subjects, and of those that both have workloads with cases, each once.
 fn only_in(one: &Results, other: &Results) -> Option<String> {
     let mut names: Vec<String> = Vec::new();
     for alone in one.measurements.iter().filter(|here| !other.measurements.iter().any(|there| same(here, there))) {
-        let name = format!("{} {}", alone.workload, alone.case);
+        let name = match other.measurements.iter().any(|there| there.subject == alone.subject) {
+            true => format!("{} {}", alone.workload, alone.case),
+            false => alone.subject.clone(),
+        };
         if !names.contains(&name) {
             names.push(name);
         }

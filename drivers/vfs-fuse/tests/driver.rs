@@ -222,7 +222,6 @@ fn changes_tar_and_usage_of_an_active_layer_count_incomplete_files_as_they_are()
     assert!(rig.driver.usage(LayerId(2)).unwrap().bytes > 11 << 20, "and complete once committed");
 }
 
-/// Completing needs the layers that the file was based on, whatever was opened and forgotten in between.
 #[test]
 fn what_a_durable_layer_lies_on_is_noted_as_it_is_made() {
     let rig = Rig::with(&[]);
@@ -244,6 +243,7 @@ fn what_a_durable_layer_lies_on_is_noted_as_it_is_made() {
     assert_eq!(fs::metadata(note(3)).unwrap().ino(), inode, "written once");
 }
 
+/// Completing needs the layers that the file was based on, whatever was opened and forgotten in between.
 #[test]
 fn an_interrupted_commit_is_finished_by_another_process() {
     let rig = Rig::with(&[("vfs-fuse.copy_up", "extent")]);

@@ -217,13 +217,9 @@ impl Snapshots {
         if found.kind == LayerKind::Committed {
             return Err(Error::new(ErrorKind::Busy, "it is committed").hint("make a view of it, and mount that"));
         }
-        self.own_mounts(&found, mounter).or_else(|e| match e.kind() {
-            ErrorKind::Busy => sight::bind_of(&self.engine, found.layer, mounter).map(|bind| vec![bind]).ok_or(e),
-            _ => Err(e),
-        })
+        self.own_mounts(&found, mounter)
     }
 
-    /// What shows the snapshot by itself, mounted or not. `Busy` if it is mounted and cannot be twice.
     fn own_mounts(&self, found: &Snapshot, mounter: Option<u32>) -> Result<Vec<Mount>> {
         let recipe = self.recipe(found.layer, found.kind)?;
         match &found.id_maps {

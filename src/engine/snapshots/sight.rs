@@ -5,7 +5,6 @@ use graphdriver_core::{
     LayerId, Mount,
     mount::{self, MountInfo},
 };
-use rustix::fs::{major, minor};
 use std::{
     collections::{HashMap, HashSet},
     ffi::OsStr,
@@ -63,23 +62,6 @@ pub(in crate::engine) fn shown(engine: &Engine) -> HashMap<LayerId, Vec<Shown>> 
         }
     }
     found
-}
-
-/// How the process `mounter` shows an active snapshot once more that it has mounted and that cannot be mounted twice: the upper
-/// layer of vfs-fuse is one process's. Of what is unmounted in between, the mount point is left, which is empty.
-pub(super) fn bind_of(engine: &Engine, layer: LayerId, mounter: Option<u32>) -> Option<Mount> {
-    let mark = Mark::of(engine);
-    let pid = mounter.unwrap_or(std::process::id());
-    let table = mount::table_of(pid).ok()?;
-    let shows = |entry: &&MountInfo| mark.layer(&entry.source) == Some(layer) && entry.root == Path::new("/");
-    // Something may be mounted over it, and its program may be gone.
-    let is_there = |entry: &&MountInfo| {
-        let place = Path::new("/proc").join(pid.to_string()).join("root");
-        let inside = entry.mount_point.strip_prefix("/").unwrap_or(&entry.mount_point);
-        std::fs::metadata(place.join(inside)).is_ok_and(|found| (major(found.dev()), minor(found.dev())) == entry.dev)
-    };
-    let source = table.iter().filter(shows).find(is_there)?.mount_point.clone();
-    Some(Mount { fstype: "bind".into(), source, options: vec!["bind".into(), "rw".into()] })
 }
 
 /// The table of each mount namespace, our own first, and whether it is another one.

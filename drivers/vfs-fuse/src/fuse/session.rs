@@ -71,7 +71,7 @@ impl Session {
         let Session { session, name, place, union, requests } = self;
         union.look_ahead();
         let _completer = union.start_completion();
-        let _ticker = Ticker::start(union.config().wake_latency, &requests)?;
+        let _ticker = Ticker::start(union.config().wake_latency, &requests);
         let served = unless_aborted(session.run()).doing(|| format!("{name}: answering the kernel"));
         // Kept so long, that it can be unmounted.
         drop(place);

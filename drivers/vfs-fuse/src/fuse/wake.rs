@@ -16,7 +16,10 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Relaxed, Release},
+        },
     },
     thread::{self, JoinHandle, Thread},
     time::{Duration, Instant},
@@ -79,7 +82,8 @@ impl Requests {
     }
 
     fn wake(&self) {
-        if self.waiting.swap(false, Relaxed)
+        // What the ticker did before it waited is seen: that it is there.
+        if self.waiting.swap(false, AcqRel)
             && let Some(ticker) = self.ticker.get()
         {
             ticker.unpark();
@@ -88,7 +92,7 @@ impl Requests {
 
     /// Sleeps until a burst. `false` at the end.
     fn wait(&self) -> bool {
-        self.waiting.store(true, Relaxed);
+        self.waiting.store(true, Release);
         while self.waiting.load(Relaxed) && !self.ended.load(Relaxed) {
             thread::park();
         }
@@ -187,9 +191,13 @@ pub struct Ticker {
 }
 
 impl Ticker {
-    /// Starts it; `None` where there is nothing for it to do.
-    pub fn start(wanted: WakeLatency, requests: &Arc<Requests>) -> Result<Option<Ticker>> {
-        Wish::find(wanted).map(|wish| Ticker::with(wish, requests)).transpose()
+    /// Starts it; `None` where there is nothing for it to do, or no thread to be had.
+    pub fn start(wanted: WakeLatency, requests: &Arc<Requests>) -> Option<Ticker> {
+        let started = Wish::find(wanted).map(|wish| Ticker::with(wish, requests)).transpose();
+        started.unwrap_or_else(|e| {
+            tracing::warn!("CPUs are not kept easy to wake: {e}");
+            None
+        })
     }
 
     fn with(wish: Wish, requests: &Arc<Requests>) -> Result<Ticker> {
