@@ -10,6 +10,9 @@ use std::{
     collections::HashSet,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    sync::{Mutex, PoisonError},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 /// The datasets of this host.
@@ -99,9 +102,18 @@ pub fn numbers(dataset: &str, properties: &[&str]) -> Result<Vec<u64>> {
 }
 
 /// The number of files, directories and all else in a dataset or snapshot, from its counts by owner; None where the pool
-/// does not count them (zpool-features(7), `userobj_accounting`). As of the last transaction group.
+/// does not count them (zpool-features(7), `userobj_accounting`). As of the last transaction group. Waits up to 5 seconds for
+/// others who look at a dataset that is not mounted: ZFS lets one at a time.
 pub fn objects(dataset: &str) -> Result<Option<u64>> {
-    let out = zfs(&["userspace", "-Hpn", "-o", "objused", dataset])?;
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let until = Instant::now() + Duration::from_secs(5);
+    let out = loop {
+        match zfs(&["userspace", "-Hpn", "-o", "objused", dataset]) {
+            Err(e) if e.kind() == ErrorKind::Busy && Instant::now() < until => sleep(Duration::from_millis(20)),
+            done => break done?,
+        }
+    };
     Ok(out.lines().map(|line| line.trim().parse::<u64>().ok()).sum())
 }
 

@@ -228,7 +228,7 @@ mod tests {
     fn what_only_the_new_run_has_is_named_and_no_change() {
         let old = results(64, vec![measured("a", "append", "64 MiB", 1, 1)]);
         let new = results(1, vec![measured("a", "append", "1 MiB", 1, 9), measured("b", "append", "1 MiB", 1, 9)]);
-        assert!(conditions(&old, &new).iter().any(|one| one.ends_with("are not compared: append 1 MiB")));
+        assert!(conditions(&old, &new).iter().any(|one| one.ends_with("are not compared: append 1 MiB, b")));
         assert!(!conditions(&old, &old).iter().any(|one| one.contains("not compared")));
         assert!(compare(&old, &new, &planned(1, &[("append", "1 MiB")]), 0.1).is_empty());
     }
