@@ -1,7 +1,8 @@
 //! The driver on this machine's real kernel. Mounts are detached, so that nothing outlives a test.
 
 use graphdriver_core::{
-    Access, Candidates, ErrorKind, GraphDriver, LayerId, LayerOptions, Mount, Options, OverlayXattrs, Result, mount,
+    Access, Candidates, ErrorKind, GraphDriver, LayerId, LayerOptions, Mount, Options, OverlayXattrs, Result, StoredAs,
+    mount,
 };
 use graphdriver_overlay2::{FACTORY, Overlay2};
 use proptest::prelude::*;
@@ -15,6 +16,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, SystemTime},
 };
 
 fn options(given: &[(&str, &str)]) -> Options {
@@ -323,6 +325,18 @@ fn what_an_interrupted_call_left_is_in_nobodys_way_and_is_reclaimed() {
     let freed = rig.driver.reclaim(&|id| id == LayerId(1)).unwrap();
     assert_eq!(freed.layers, 4, "new-2, removed-9, the dead probe, 5");
     assert_eq!(rig.names(), [".graphdriver-probe-live", "1", "empty", "version"]);
+}
+
+#[test]
+fn a_trial_that_may_not_be_locked_yet_is_no_leftover() {
+    let rig = Rig::new();
+    let trial = rig.home().join(".graphdriver-probe-new");
+    fs::create_dir(&trial).unwrap();
+    assert_eq!(rig.driver.inventory().unwrap(), []);
+    let before = SystemTime::now() - Duration::from_secs(120);
+    fs::File::open(&trial).unwrap().set_modified(before).unwrap();
+    let [found] = &rig.driver.inventory().unwrap()[..] else { panic!("the old trial, and nothing else") };
+    assert_eq!(found.what, StoredAs::Leftover { of: None });
 }
 
 #[test]

@@ -25,7 +25,7 @@ impl Home {
         if let Ok(id) = name.parse() {
             return self.look_at(id).map(Some);
         }
-        if OWN.contains(&name) || trial::is_trial(name) && !trial::is_abandoned(&self.path, name) {
+        if OWN.contains(&name) || trial::is_trial(name) && !trial::is_long_abandoned(&self.path, name) {
             return Ok(None);
         }
         let number = |name: &str| name.parse::<LayerId>().ok();

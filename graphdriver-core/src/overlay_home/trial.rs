@@ -6,6 +6,7 @@ use rustix::fs::{self, AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags
 use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// How the names of such directories begin.
@@ -106,9 +107,16 @@ pub(super) fn is_trial(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-/// Whether `home/name` is a trial whose process is gone.
+/// Whether `home/name` is a trial whose process is gone. One that was just made may not be locked yet.
 pub(super) fn is_abandoned(home: &Path, name: &str) -> bool {
     is_trial(name) && abandoned(&home.join(name)).is_some()
+}
+
+/// The same for who only looks, and says so of none that may still be waiting for its lock.
+pub(super) fn is_long_abandoned(home: &Path, name: &str) -> bool {
+    let changed = || std::fs::symlink_metadata(home.join(name))?.modified();
+    let young = || Some(changed().ok()?.elapsed().ok()? < Duration::from_secs(60));
+    is_abandoned(home, name) && young() == Some(false)
 }
 
 /// The lock of a trial, if the process that made it is gone.
