@@ -7,7 +7,7 @@ use crate::{
     rigs::On,
     support::{isolated, system},
 };
-use graphdriver_containerd_api::snapshots as api;
+use graphdriver_containerd_api::{snapshots as api, types};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
@@ -457,5 +457,47 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         system("umount", &[target]);
         s.cleanup().unwrap();
         assert_eq!(s.stored().len(), 0);
+    });
+}
+
+#[test]
+fn layers_are_unpacked_past_fuse() {
+    on(&here("layers_are_unpacked_past_fuse"), On::VfsFuse, |s| {
+        s.layer("base", "", |dir| {
+            fs::create_dir(dir.join("dir")).unwrap();
+            fs::write(dir.join("dir/below"), "below").unwrap();
+            fs::write(dir.join("gone"), "gone").unwrap();
+        });
+        let option = |mounts: &[types::Mount], name: &str| {
+            let found = mounts[0].options.iter().find_map(|option| option.strip_prefix(name).map(str::to_owned));
+            found.unwrap_or_else(|| panic!("{name} is not in {mounts:?}"))
+        };
+        for (n, key) in ["default/7/extract-42-aBc sha256:0", "extract-42-aBc sha256:0"].into_iter().enumerate() {
+            // containerd does not carry that out: it writes to the upper directory, and looks at lower ones for parents.
+            let mounts = s.prepare(key, "base").unwrap();
+            assert_eq!(mounts, s.mounts(key).unwrap());
+            assert_eq!((mounts.len(), &mounts[0].r#type[..]), (1, "overlay"));
+            assert_eq!(fs::read_to_string(format!("{}/gone", option(&mounts, "lowerdir="))).unwrap(), "gone");
+            let upper = option(&mounts, "upperdir=");
+            system("mknod", &[&format!("{upper}/gone"), "c", "0", "0"]);
+            fs::create_dir(format!("{upper}/dir")).unwrap();
+            system("setfattr", &["-n", "trusted.overlay.opaque", "-v", "y", &format!("{upper}/dir")]);
+            fs::write(format!("{upper}/dir/new"), "new").unwrap();
+            // What somebody sees who does.
+            assert_eq!(fs::read_dir(Tree::of(&mounts).path().join("dir")).unwrap().count(), 1);
+            let name = format!("next-{n}");
+            s.commit(&name, key).unwrap();
+            let view = s.view(&format!("view-{n}"), &name).unwrap();
+            assert!(view[0].r#type.starts_with("fuse3."), "{view:?}");
+            let tree = Tree::of(&view);
+            assert!(!tree.path().join("gone").exists() && !tree.path().join("dir/below").exists());
+            assert_eq!(fs::read_to_string(tree.path().join("dir/new")).unwrap(), "new");
+        }
+        for key in ["default/8/box", "default/9/not-extract-1", "extract"] {
+            let mounts = s.prepare(key, "base").unwrap();
+            assert!(mounts[0].r#type.starts_with("fuse3."), "{key}: {mounts:?}");
+        }
+        let view = s.view("extract-view", "base").unwrap();
+        assert!(view[0].r#type.starts_with("fuse3."), "{view:?}");
     });
 }

@@ -14,6 +14,7 @@ mod rebase;
 pub(super) mod row;
 mod sight;
 mod summary;
+mod unpack;
 
 pub use diff::Difference;
 pub use row::{Labels, Snapshot};
@@ -124,7 +125,10 @@ impl Snapshots {
         let options = LayerOptions { size: limits.size, inodes: limits.inodes, durable: true };
         let layer = layers.create(kind, below, &options)?;
         let (recipe, ready) = match &id_maps {
-            None => (self.recipe(layer.id(), kind)?, None),
+            None => {
+                let recipe = self.recipe(layer.id(), kind)?;
+                (unpack::for_unpacking(&self.engine, key, kind, layer.id(), recipe), None)
+            }
             Some(maps) => self.recipe_mapping_ids(layer.id(), kind, maps, mounter)?,
         };
         let id = layer.id();
@@ -223,7 +227,7 @@ impl Snapshots {
     fn own_mounts(&self, found: &Snapshot, mounter: Option<u32>) -> Result<Vec<Mount>> {
         let recipe = self.recipe(found.layer, found.kind)?;
         match &found.id_maps {
-            None => Ok(recipe),
+            None => Ok(unpack::for_unpacking(&self.engine, &found.name, found.kind, found.layer, recipe)),
             Some(maps) => self.id_mapped((&found.name, found.layer), &recipe, &IdMaps::parse(maps)?, None, mounter),
         }
     }
