@@ -443,7 +443,18 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         let (program, options) = (mounts[0].r#type.strip_prefix("fuse3.").unwrap(), mounts[0].options.join(","));
         system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
         let begun = Instant::now();
-        refused(s.mounts("work"), Code::FailedPrecondition);
+        // The same filesystem once more, and no second daemon.
+        let again = s.mounts("work").unwrap();
+        assert!(again[0].options.iter().any(|option| option == "join"), "{again:?}");
+        let second = s.root.with_file_name("second");
+        fs::create_dir(&second).unwrap();
+        let joined = again[0].options.join(",");
+        system("mount.fuse3", &[&again[0].source, second.to_str().unwrap(), "-o", &joined, "-t", program]);
+        fs::write(second.join("file"), "text").unwrap();
+        assert_eq!(fs::read_to_string(Path::new(target).join("file")).unwrap(), "text");
+        let devices = [Path::new(target), &second].map(|dir| fs::metadata(dir).unwrap().dev());
+        assert_eq!(devices[0], devices[1]);
+        system("umount", &[second.to_str().unwrap()]);
         refused(s.commit("done", "work"), Code::FailedPrecondition);
         assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
         system("umount", &[target]);

@@ -3,13 +3,14 @@
 use crate::{
     config::Config,
     fuse::{Session, Target, Unmounter},
+    join::joined,
     options::{MountOptions, Parsed, unescape},
     sys,
     union::Union,
 };
-use graphdriver_core::{Context, Error, ErrorKind, Result};
+use graphdriver_core::{Context, Error, ErrorKind, Result, mount::attach};
 use rustix::{
-    fs::{Mode, fstat, major, minor, stat},
+    fs::{Mode, OFlags, fstat, major, minor, open, stat},
     mount::{UnmountFlags, unmount},
     process::{Resource, Rlimit, WaitOptions, getrlimit, setrlimit, setsid, umask, wait},
     thread::{CapabilitySet, capabilities, set_capabilities},
@@ -19,9 +20,13 @@ use signal_hook::{
     iterator::Signals,
 };
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{PipeReader, PipeWriter, Read, Write},
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
@@ -36,6 +41,9 @@ const GRACE: Duration = Duration::from_secs(5);
 pub fn mount(parsed: Parsed, mountpoint: &Path, foreground: bool) -> Result<ExitCode> {
     let place = Place::find(mountpoint)?;
     let config = parsed.config.resolved()?;
+    if parsed.mount.join && place.join(&config, &parsed.mount)? {
+        return Ok(ExitCode::SUCCESS);
+    }
     // Modes are what the caller of the mount asked for, less the caller's umask, which the kernel sends.
     umask(Mode::empty());
     raise_file_limit().doing(|| "raising the limit of open files")?;
@@ -82,6 +90,20 @@ impl Place {
             return Err(Error::new(ErrorKind::InvalidInput, "not a directory").doing(doing()));
         }
         Ok(Place { target: Target::Path(path.clone()), path: Some(path) })
+    }
+}
+
+impl Place {
+    /// Shows the filesystem of the daemon that has the layer already; false if there is none.
+    fn join(&self, config: &Config, options: &MountOptions) -> Result<bool> {
+        let (Some(path), Some(upper)) = (&self.path, &config.upper) else { return Ok(false) };
+        if options.fsname == MountOptions::default().fsname {
+            return Ok(false);
+        }
+        let Some(mount) = joined(upper, OsStr::new(&options.fsname))? else { return Ok(false) };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let target = open(path, flags, Mode::empty()).doing(|| format!("opening {}", path.display()))?;
+        attach(mount.as_fd(), target.as_fd()).map(|()| true)
     }
 }
 

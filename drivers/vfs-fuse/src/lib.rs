@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod driver;
 pub mod extent;
 pub mod fuse;
+pub mod join;
 pub mod options;
 mod sys;
 pub mod union;

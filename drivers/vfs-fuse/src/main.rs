@@ -15,7 +15,7 @@ Options after -o:
   work        copy_up=auto|reflink|extent|full  complete=commit|BYTES-PER-SECOND[K|M|G]  passthrough=0|1
               writeback=0|1  volatile  fsync=0|1  threads=N  threaded=0|1  wake_latency=auto|on|off  debug
   mount       ro rw  dev nodev  suid nosuid  exec noexec  atime noatime relatime  sync dirsync
-              allow_other allow_root  auto_unmount  fsname=NAME  subtype=NAME  context=\"LABEL\"
+              allow_other allow_root  auto_unmount  join  fsname=NAME  subtype=NAME  context=\"LABEL\"
   no effect   xino=on|off|auto  ino32_t  fast_ino_check=0|1  plugins=…  redirect_dir=…  metacopy=…  index=…
               nfs_export=…  uuid=…  default_permissions  clone_fd  max_idle_threads=N  max_read=N
               max_write=N  x-…  _netdev  noauto  user  and what else fstab(5) has";

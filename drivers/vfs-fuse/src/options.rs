@@ -46,6 +46,9 @@ pub struct MountOptions {
     pub dirsync: bool,
     /// fusermount3 unmounts when the daemon dies.
     pub auto_unmount: bool,
+    /// If a daemon has the upper layer already, its filesystem is shown once more: [`crate::join`]. Without effect where
+    /// [`fsname`](Self::fsname) is what all mounts have that were given none.
+    pub join: bool,
     /// What is mounted, in `/proc/mounts`.
     pub fsname: String,
     /// What follows `fuse.` there.
@@ -69,6 +72,7 @@ impl Default for MountOptions {
             sync: false,
             dirsync: false,
             auto_unmount: false,
+            join: false,
             fsname: "vfs-fuse".into(),
             subtype: "vfs-fuse".into(),
             labels: Vec::new(),
@@ -227,6 +231,7 @@ impl Reader {
             "allow_other" => (self.allow_other_asked, mount.allow_other) = (s.bare()?, true),
             "allow_root" => (mount.allow_root, mount.allow_other) = (s.bare()?, false),
             "auto_unmount" => mount.auto_unmount = s.bare()?,
+            "join" => mount.join = s.bare()?,
             "ro" => mount.read_only = s.bare()?,
             "rw" => mount.read_only = !s.bare()?,
             "dev" => mount.dev = s.bare()?,

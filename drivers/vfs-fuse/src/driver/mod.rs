@@ -129,7 +129,11 @@ impl VfsFuse {
             lower.push(self.home.empty());
         }
         let work = self.home.work(id)?;
-        let _quiet = claim(&upper, self.patience(id))?;
+        let _quiet = match claim(&upper, self.patience(id)) {
+            // The same filesystem once more, with whatever its daemon was told.
+            Err(e) if e.kind() == ErrorKind::Busy => return self.mount_of(&lower, Some((&upper, &work)), &["join"]),
+            claimed => claimed?,
+        };
         self.quota.prepare(id)?;
         self.home.settle(id)?;
         self.remember_lower(id, parents)?;
