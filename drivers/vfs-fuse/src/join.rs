@@ -73,3 +73,31 @@ fn clone_of(entry: &MountInfo) -> Result<OwnedFd> {
         false => Err(Error::new(ErrorKind::NotFound, "another filesystem is there")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_mounts_with_the_same_source_are_not_ours() {
+        let own = getuid().as_raw();
+        let entry = |fstype: &str, root: &str, options: &str| MountInfo {
+            id: 2,
+            parent: 1,
+            dev: (0, 99),
+            root: root.into(),
+            mount_point: "/mnt".into(),
+            fstype: fstype.into(),
+            source: "graphdriver:/d:3".into(),
+            options: "rw".into(),
+            super_options: options.into(),
+        };
+        let (ours, other) = (format!("rw,user_id={own},group_id=0"), format!("rw,user_id={},group_id=0", own + 1));
+        let source = OsStr::new("graphdriver:/d:3");
+        assert!(is_ours(&entry("fuse.vfs-fuse", "/", &ours), source));
+        assert!(!is_ours(&entry("fuse.vfs-fuse", "/", &ours), OsStr::new("graphdriver:/d:33")));
+        assert!(!is_ours(&entry("fuse.vfs-fuse", "/", &other), source));
+        assert!(!is_ours(&entry("fuse.vfs-fuse", "/dir", &ours), source));
+        assert!(!is_ours(&entry("overlay", "/", &ours), source));
+    }
+}
