@@ -61,6 +61,19 @@ echo copied > copied
 docker cp -q copied beats:/copied
 docker exec beats cat /copied
 
+# BuildKit has keys of its own for snapshots, and mounts them.
+cat > docker/Dockerfile <<'FILE'
+FROM busybox:1
+RUN . /etc/os-release; rm -r /usr/share/doc; echo "built on $ID" > /built
+COPY copied /
+RUN [ ! -e /usr/share/doc ] && cat /copied >> /built
+FILE
+cp copied docker/copied
+docker build -q --network none -t built -f docker/Dockerfile docker > /dev/null 2> docker/build || cat docker/build
+docker run --rm --network none built /bin/sh -c 'cat /built'
+docker rmi built > /dev/null
+docker builder prune -af > /dev/null
+
 graphdriver mounts | grep -c "$(docker inspect -f '{{.Id}}' beats)"
 docker rm -f first second beats > /dev/null
 docker rmi committed busybox:1 > /dev/null
@@ -80,7 +93,7 @@ fn docker_on(debian: &Debian, driver: &str) {
                 A /written C /opt C /usr C /usr/share C /usr/share/doc D /usr/share/doc/gone\n\
                 diffs 0\ndiffs DIFFS\nfrom first\n700\n700\ngoes on\nfrom second\n";
     let diffs = if driver == "vfs-fuse" { "0" } else { "1" };
-    let running = "from first\nA /beats\ncommitted while it ran\ncopied";
+    let running = "from first\nA /beats\ncommitted while it ran\ncopied\nbuilt on debian\ncopied";
     assert_eq!(said, format!("{}{running}\n1\nleft 0\n", told.replace("DIFFS", diffs)));
 }
 

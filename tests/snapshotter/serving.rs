@@ -15,7 +15,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     os::unix::{
-        fs::MetadataExt,
+        fs::{MetadataExt, PermissionsExt},
         net::{UnixDatagram, UnixListener},
     },
     path::Path,
@@ -510,5 +510,23 @@ fn layers_are_unpacked_past_fuse() {
         }
         let view = s.view("extract-view", "base").unwrap();
         assert!(view[0].r#type.starts_with("fuse3."), "{view:?}");
+    });
+}
+
+#[test]
+fn upper_directories_of_overlays_have_whole_files() {
+    on(&here("upper_directories_of_overlays_have_whole_files"), On::Overlay2, |s| {
+        s.layer("base", "", |dir| fs::write(dir.join("file"), "text").unwrap());
+        let mounts = s.prepare("work", "base").unwrap();
+        let file = Tree::of(&mounts);
+        fs::set_permissions(file.path().join("file"), fs::Permissions::from_mode(0o600)).unwrap();
+        drop(file);
+        let upper = mounts[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).unwrap();
+        assert_eq!(fs::read_to_string(Path::new(upper).join("file")).unwrap(), "text", "as BuildKit reads it");
+        // And mounts it.
+        let mut off = mounts.clone();
+        off[0].options.retain(|option| !option.starts_with("redirect_dir="));
+        off[0].options.push("redirect_dir=off".into());
+        assert_eq!(fs::read_to_string(Tree::of(&off).path().join("file")).unwrap(), "text");
     });
 }

@@ -11,10 +11,10 @@ mod names;
 mod page;
 mod pattern;
 mod rebase;
+mod recipes;
 pub(super) mod row;
 mod sight;
 mod summary;
-mod unpack;
 
 pub use diff::Difference;
 pub use row::{Labels, Snapshot};
@@ -127,7 +127,7 @@ impl Snapshots {
         let (recipe, ready) = match &id_maps {
             None => {
                 let recipe = self.recipe(layer.id(), kind)?;
-                (unpack::for_unpacking(&self.engine, key, kind, layer.id(), recipe), None)
+                (recipes::for_unpacking(&self.engine, key, kind, layer.id(), recipe), None)
             }
             Some(maps) => self.recipe_mapping_ids(layer.id(), kind, maps, mounter)?,
         };
@@ -227,7 +227,7 @@ impl Snapshots {
     fn own_mounts(&self, found: &Snapshot, mounter: Option<u32>) -> Result<Vec<Mount>> {
         let recipe = self.recipe(found.layer, found.kind)?;
         match &found.id_maps {
-            None => Ok(unpack::for_unpacking(&self.engine, &found.name, found.kind, found.layer, recipe)),
+            None => Ok(recipes::for_unpacking(&self.engine, &found.name, found.kind, found.layer, recipe)),
             Some(maps) => self.id_mapped((&found.name, found.layer), &recipe, &IdMaps::parse(maps)?, None, mounter),
         }
     }
@@ -236,6 +236,7 @@ impl Snapshots {
         let access = if kind == LayerKind::Active { Access::ReadWrite } else { Access::ReadOnly };
         let mut recipe = self.engine.layers.mount(layer, access)?;
         Mark::of(&self.engine).put(layer, &mut recipe);
+        recipes::without_metacopy(&mut recipe);
         page::check(&recipe)?;
         Ok(recipe)
     }

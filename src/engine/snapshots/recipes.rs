@@ -1,9 +1,19 @@
-//! Snapshots that containerd makes to unpack a layer into, known by their names.
+//! What containerd's clients do with recipes, beside carrying them out.
 
 use super::{Engine, page};
 use graphdriver_core::{LayerId, LayerKind, Mount, OverlayXattrs};
 
-/// What the names of such snapshots begin with, after what containerd's metadata store puts before every name: the
+/// BuildKit mounts overlays with `redirect_dir=off`, with which the kernel refuses `metacopy=on`, and reads the upper directory,
+/// where files that were only chmodded would have no data.
+pub(super) fn without_metacopy(recipe: &mut [Mount]) {
+    for option in recipe.iter_mut().filter(|step| step.fstype == "overlay").flat_map(|step| &mut step.options) {
+        if option == "metacopy=on" {
+            *option = "metacopy=off".into();
+        }
+    }
+}
+
+/// What the names of snapshots begin with that containerd unpacks into, after what containerd's metadata store puts before every name: the
 /// namespace and a number, `default/7/extract-123456789-AbCd sha256:…` (containerd, `snapshots.UnpackKeyPrefix`).
 const PREFIX: &str = "extract-";
 
