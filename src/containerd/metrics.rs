@@ -30,6 +30,15 @@ pub(super) struct Metrics {
     looked: Mutex<Option<Instant>>,
 }
 
+/// A call that runs.
+pub(super) struct Running(IntGauge);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// Scrapers may come as often as they like, and looking costs.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -62,12 +71,13 @@ impl Metrics {
         Ok(Metrics { registry, calls, seconds, running, layers, bytes, mounts, reclaimable, free, looked })
     }
 
-    pub(super) fn begun(&self) {
+    /// A call runs until this is dropped.
+    pub(super) fn begun(&self) -> Running {
         self.running.inc();
+        Running(self.running.clone())
     }
 
     pub(super) fn ended(&self, method: &str, code: Code, took: Duration) {
-        self.running.dec();
         self.calls.with_label_values(&[method, &format!("{code:?}")]).inc();
         self.seconds.with_label_values(&[method]).observe(took.as_secs_f64());
     }

@@ -14,32 +14,59 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinError,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Request, Response, Status, transport::server::UdsConnectInfo};
+use tracing::{Instrument, Span};
 
 pub(super) type Reply<T> = Result<Response<T>, Status>;
 
 /// Infos in one message of a listing: far below the 4 MiB that gRPC takes, as labels are bounded by what they are for.
 const PAGE: usize = 100;
 
-/// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished.
+/// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished, but for
+/// layer tars.
 pub(super) struct Service {
-    snapshots: Arc<Snapshots>,
+    pub(super) snapshots: Arc<Snapshots>,
     metrics: Arc<Metrics>,
     requests: AtomicU64,
     /// Something was removed.
     removed: Arc<Notify>,
     /// containerd's socket.
     pub(super) containerd: PathBuf,
+    /// One for each layer tar that is written at the same time.
+    pub(super) tars: Arc<Semaphore>,
+    /// No call may go on that can be repeated.
+    ending: CancellationToken,
 }
+
+/// Fewer than there are threads for calls, which would wait for all of them; and each keeps a processor busy.
+const TARS: usize = 4;
 
 impl Service {
     pub(super) fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>, containerd: PathBuf) -> Service {
         let removed = Arc::new(Notify::new());
         tokio::spawn(free_removed(snapshots.clone(), removed.clone()));
-        Service { snapshots, metrics, requests: AtomicU64::new(1), removed, containerd }
+        let tars = Arc::new(Semaphore::new(TARS));
+        let (requests, ending) = (AtomicU64::new(1), CancellationToken::new());
+        Service { snapshots, metrics, requests, removed, containerd, tars, ending }
+    }
+
+    /// Ends the calls that can be repeated.
+    pub(super) fn end(&self) {
+        self.ending.cancel();
+    }
+
+    /// For a call that is not finished once its client has gone away or its deadline has passed, in which case the future of
+    /// the call is dropped, and the second of these with it.
+    pub(super) fn wanted(&self) -> (CancellationToken, DropGuard) {
+        let token = self.ending.child_token();
+        (token.clone(), token.drop_guard())
     }
 
     async fn call<T: Send + 'static>(
@@ -47,41 +74,56 @@ impl Service {
         call: Call<'_>,
         work: impl FnOnce(&Snapshots) -> Result<T> + Send + 'static,
     ) -> Reply<T> {
-        self.run(call, move |snapshots| work(snapshots).map_err(|e| status::status(&e))).await
+        let snapshots = self.snapshots.clone();
+        self.run(call, blocking(move || work(&snapshots).map_err(|e| status::status(&e)))).await
     }
 
     /// For work that has its own answer to what fails.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         call: Call<'_>,
-        work: impl FnOnce(&Snapshots) -> Result<T, Status> + Send + 'static,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
     ) -> Reply<T> {
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         let Call { method, namespace, key } = call;
         let span = tracing::info_span!("call", request, method, namespace, key);
-        let snapshots = self.snapshots.clone();
-        let inner = span.clone();
-        self.metrics.begun();
-        let begun = Instant::now();
-        let done = tokio::task::spawn_blocking(move || inner.in_scope(|| work(&snapshots))).await;
-        let took = begun.elapsed();
-        let reply = match done {
-            Ok(Ok(value)) => Ok(Response::new(value)),
-            Ok(Err(e)) => Err(e),
-            Err(e) => Err(Status::internal(format!("the call did not end: {e}"))),
+        let metrics = self.metrics.clone();
+        let running = metrics.begun();
+        // In a task, which goes on and is counted if the client goes away.
+        let task = async move {
+            let _running = running;
+            let begun = Instant::now();
+            let reply = work.await;
+            let (code, took) = (reply.as_ref().err().map_or(Code::Ok, Status::code), begun.elapsed());
+            metrics.ended(method, code, took);
+            note(reply.as_ref().err(), took);
+            reply
         };
-        let code = reply.as_ref().err().map_or(Code::Ok, Status::code);
-        self.metrics.ended(method, code, took);
-        let ms = took.as_millis() as u64;
-        span.in_scope(|| match &reply {
-            Ok(_) => tracing::debug!(ms, "done"),
-            // containerd asks for what may not be there, makes what may be, and knows who else can do it.
-            Err(e) if matches!(code, Code::NotFound | Code::AlreadyExists | Code::Unimplemented) => {
-                tracing::info!(ms, code = ?code, "{}", e.message())
-            }
-            Err(e) => tracing::warn!(ms, code = ?code, "{}", e.message()),
-        });
-        reply
+        tokio::spawn(task.instrument(span)).await.unwrap_or_else(not_ended).map(Response::new)
+    }
+}
+
+/// Work that waits for disks, on a thread for that.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    let span = Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.unwrap_or_else(not_ended)
+}
+
+fn not_ended<T>(e: JoinError) -> Result<T, Status> {
+    Err(Status::internal(format!("the call did not end: {e}")))
+}
+
+fn note(failure: Option<&Status>, took: Duration) {
+    let ms = took.as_millis() as u64;
+    let Some(e) = failure else { return tracing::debug!(ms, "done") };
+    match e.code() {
+        // containerd asks for what may not be there, makes what may be, knows who else can do it, and needs some no more.
+        code @ (Code::NotFound | Code::AlreadyExists | Code::Unimplemented | Code::Cancelled) => {
+            tracing::info!(ms, code = ?code, "{}", e.message())
+        }
+        code => tracing::warn!(ms, code = ?code, "{}", e.message()),
     }
 }
 

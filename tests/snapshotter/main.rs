@@ -10,6 +10,7 @@ mod suite;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)]
 mod support;
+mod unwanted;
 
 use client::{BINARY, Service};
 use rigs::{On, Rig};
