@@ -414,6 +414,13 @@ fn damage_to_a_snapshot_is_named() {
         let told = String::from_utf8(out.stdout).unwrap();
         assert_eq!(out.status.code(), Some(9), "{told}");
         assert!(told.contains("layer 1 has no storage") && told.contains("snapshot base, snapshot work"), "{told}");
+        // It was there when it was asked for before, which holds for a second.
+        std::thread::sleep(Duration::from_millis(1100));
+        for reply in [s.mounts("work"), s.prepare("more", "base"), s.view("look", "base")] {
+            let said = refused(reply, Code::DataLoss);
+            assert!(said.contains("layer 1 is not there"), "{said}");
+        }
+        assert_eq!(s.names(&[]), ["base", "work"]);
     });
 }
 
