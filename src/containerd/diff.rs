@@ -151,13 +151,16 @@ fn plain(mut mounts: Vec<types::Mount>) -> Vec<types::Mount> {
     mounts
 }
 
-/// All numbers in the descriptions, sources first, as those of overlays are of the very layer.
+/// More numbers than any recipe has: a page of options cannot name as many layers.
+const MOST_NUMBERS: usize = 1000;
+
+/// The numbers in the descriptions, sources first, as those of overlays are of the very layer.
 fn numbers<'m>(mounts: impl Iterator<Item = &'m types::Mount> + Clone) -> Vec<LayerId> {
     let sources = mounts.clone().map(|mount| &mount.source);
     let texts = sources.chain(mounts.flat_map(|mount| &mount.options));
     let words = texts.flat_map(|text| text.split(|c: char| !c.is_ascii_digit()));
     let mut seen = HashSet::new();
-    words.filter_map(|word| word.parse().ok()).filter(|number| seen.insert(*number)).collect()
+    words.filter_map(|word| word.parse().ok()).filter(|number| seen.insert(*number)).take(MOST_NUMBERS).collect()
 }
 
 enum Compression {
@@ -211,5 +214,23 @@ impl Write for Hashing<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_numbers_are_looked_for_than_a_recipe_has() {
+        let mount = |source: &str, options: &[String]| types::Mount {
+            source: source.into(),
+            options: options.to_vec(),
+            ..Default::default()
+        };
+        let few = [mount("a:7", &["lowerdir=/1/diff:/2/diff".into()]), mount("b:8", &["upperdir=/7".into()])];
+        assert_eq!(numbers(few.iter()), [7, 8, 1, 2].map(LayerId));
+        let many: Vec<_> = (0..100_000).map(|n| n.to_string()).collect();
+        assert_eq!(numbers([mount("overlay", &many)].iter()).len(), MOST_NUMBERS);
     }
 }

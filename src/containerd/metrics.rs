@@ -27,7 +27,7 @@ pub(super) struct Metrics {
     reclaimable: IntGauge,
     free: IntGauge,
     /// When the gauges of the store were last taken.
-    looked: Mutex<Option<Instant>>,
+    looked: Arc<Mutex<Option<Instant>>>,
 }
 
 /// A call that runs.
@@ -67,7 +67,7 @@ impl Metrics {
         for gauge in [&running, &mounts, &reclaimable, &free] {
             registry.register(Box::new(gauge.clone()))?;
         }
-        let looked = Mutex::new(None);
+        let looked = Arc::default();
         Ok(Metrics { registry, calls, seconds, running, layers, bytes, mounts, reclaimable, free, looked })
     }
 
@@ -103,12 +103,16 @@ impl Metrics {
     }
 
     async fn text(self: Arc<Self>, snapshots: Arc<Snapshots>) -> Result<String> {
-        let mut looked = self.looked.lock().await;
+        let mut looked = self.looked.clone().lock_owned().await;
         if looked.is_none_or(|then| then.elapsed() > FRESH) {
             let metrics = self.clone();
-            let task = tokio::task::spawn_blocking(move || metrics.look(&snapshots));
+            // One looks at a time, also if scrapers give up meanwhile: they must not take all threads.
+            let task = tokio::task::spawn_blocking(move || {
+                metrics.look(&snapshots)?;
+                *looked = Some(Instant::now());
+                Ok::<_, Error>(())
+            });
             task.await.map_err(failed)??;
-            *looked = Some(Instant::now());
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text).map_err(failed)?;

@@ -26,8 +26,11 @@ use tracing::{Instrument, Span};
 
 pub(super) type Reply<T> = Result<Response<T>, Status>;
 
-/// Infos in one message of a listing: far below the 4 MiB that gRPC takes, as labels are bounded by what they are for.
-const PAGE: usize = 100;
+/// Bytes of infos in one message of a listing, unless one alone has more: gRPC takes 4 MiB.
+const PAGE: usize = 1 << 20;
+
+/// Bytes of what is told of a failure: it goes into a header, which clients take up to 16 KiB, three for one of ours.
+const LONGEST: usize = 4096;
 
 /// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished, but for
 /// layer tars.
@@ -93,7 +96,7 @@ impl Service {
         let task = async move {
             let _running = running;
             let begun = Instant::now();
-            let reply = work.await;
+            let reply = work.await.map_err(shortened);
             let (code, took) = (reply.as_ref().err().map_or(Code::Ok, Status::code), begun.elapsed());
             metrics.ended(method, code, took);
             note(reply.as_ref().err(), took);
@@ -113,6 +116,16 @@ pub(super) async fn blocking<T: Send + 'static>(
 
 fn not_ended<T>(e: JoinError) -> Result<T, Status> {
     Err(Status::internal(format!("the call did not end: {e}")))
+}
+
+/// Whoever gives us long names reads of what is wrong with them, and not of a broken stream.
+fn shortened(e: Status) -> Status {
+    let text = e.message();
+    if text.len() <= LONGEST {
+        return e;
+    }
+    let end = (0..=LONGEST).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+    Status::new(e.code(), format!("{}...", &text[..end]))
 }
 
 fn note(failure: Option<&Status>, took: Duration) {
@@ -154,8 +167,10 @@ async fn free_removed(snapshots: Arc<Snapshots>, removed: Arc<Notify>) {
         removed.notified().await;
         let snapshots = snapshots.clone();
         let freed = tokio::task::spawn_blocking(move || snapshots.free_removed()).await;
-        if let Ok(Err(e)) = freed {
-            tracing::warn!("freeing what was removed: {e}");
+        match freed {
+            Ok(Ok(_)) => {}
+            Ok(Err(e)) => tracing::warn!("freeing what was removed: {e}"),
+            Err(e) => tracing::error!("freeing what was removed did not end: {e}"),
         }
     }
 }
@@ -198,6 +213,23 @@ fn info(snapshot: Snapshot) -> api::Info {
         updated_at: timestamp(snapshot.updated),
         labels: snapshot.labels,
     }
+}
+
+/// The messages of a listing.
+fn pages(all: impl Iterator<Item = api::Info>) -> Vec<Vec<api::Info>> {
+    let mut pages: Vec<Vec<api::Info>> = Vec::new();
+    let mut room = 0;
+    for info in all {
+        let labels: usize = info.labels.iter().map(|(name, value)| name.len() + value.len() + 16).sum();
+        let size = info.name.len() + info.parent.len() + labels + 64;
+        if size > room {
+            room = PAGE;
+            pages.push(Vec::new());
+        }
+        room = room.saturating_sub(size);
+        pages.last_mut().expect("just begun").push(info);
+    }
+    pages
 }
 
 #[tonic::async_trait]
@@ -269,12 +301,10 @@ impl snapshots_server::Snapshots for Service {
         let filters = request.get_ref().filters.clone();
         self.call(Call::new("List", &request, ""), move |snapshots| {
             // All at once, so that the client may call for each while it reads, and still sees one point in time.
-            let mut all = snapshots.list(&filters)?.into_iter().map(info).peekable();
-            let mut pages = Vec::new();
-            while all.peek().is_some() {
-                pages.push(Ok(api::ListSnapshotsResponse { info: all.by_ref().take(PAGE).collect() }));
-            }
-            Ok(tokio_stream::iter(pages))
+            let pages = pages(snapshots.list(&filters)?.into_iter().map(info));
+            Ok(tokio_stream::iter(
+                pages.into_iter().map(|info| Ok(api::ListSnapshotsResponse { info })).collect::<Vec<_>>(),
+            ))
         })
         .await
     }

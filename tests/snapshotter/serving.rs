@@ -471,3 +471,22 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         assert_eq!(s.stored().len(), 0);
     });
 }
+
+/// Clients take headers of 16 KiB and messages of 4 MiB.
+#[test]
+fn what_is_long_is_refused_or_listed_in_messages_that_clients_take() {
+    on(&here("what_is_long_is_refused_or_listed_in_messages_that_clients_take"), On::Overlay2, |s| {
+        for filter in ["=".repeat(100_000), format!("name=={}\u{1}", "é".repeat(100_000))] {
+            let said = refused(s.list(&[&filter]), Code::InvalidArgument);
+            assert!(said.len() < 5000, "{}", said.len());
+        }
+        refused(s.prepare(&"\0".repeat(5000), ""), Code::InvalidArgument);
+        refused(s.stat(&"\u{1}".repeat(100_000)), Code::NotFound);
+        let many = |count: usize| (0..count).map(|n| (format!("label-{n}"), "x".repeat(4000))).collect();
+        for n in 0..8 {
+            s.prepare_with(&format!("key-{n}"), "", many(150)).unwrap();
+        }
+        assert_eq!(s.list(&[]).unwrap().len(), 8);
+        refused(s.prepare_with("more", "", many(300)), Code::InvalidArgument);
+    });
+}
