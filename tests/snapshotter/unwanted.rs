@@ -72,7 +72,7 @@ impl Case {
 
     fn begin(&self, request: Request<api::DiffRequest>) -> Call {
         let mut client = self.client.clone();
-        self.s.block_on(async { tokio::spawn(async move { client.diff(request).await.map(drop) }) })
+        self.s.spawn(async move { client.diff(request).await.map(drop) })
     }
 
     fn lines(&self, arguments: &[&str]) -> Vec<String> {
