@@ -1,6 +1,7 @@
 //! Long work tells how far it is, and stops when asked to.
 
-use graphdriver_core::{Error, ErrorKind, Result};
+pub use graphdriver_core::Cancel;
+
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::OFlags,
@@ -13,7 +14,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -32,20 +33,6 @@ pub struct Silent;
 impl Progress for Silent {
     fn advance(&self, _: &str, _: u64, _: Option<u64>) {}
     fn finish(&self, _: &str) {}
-}
-
-/// Set from a signal handler; long work looks at it between buffers and undoes what it has begun.
-#[derive(Debug, Clone, Default)]
-pub struct Cancel(pub Arc<AtomicBool>);
-
-impl Cancel {
-    /// An `Interrupted` error once the user has asked to stop.
-    pub fn check(&self) -> Result<()> {
-        match self.0.load(Ordering::Relaxed) {
-            true => Err(Error::new(ErrorKind::Interrupted, "interrupted")),
-            false => Ok(()),
-        }
-    }
 }
 
 /// How long a signal that comes between the look at [`Cancel`] and the wait goes unnoticed.

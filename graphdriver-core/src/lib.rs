@@ -1,6 +1,7 @@
 //! The contract of graphdriver's storage drivers, and what all of them share: the layer store, layer tars and the
 //! conformance suite. Start at [`GraphDriver`].
 
+mod cancel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod driver;
@@ -18,6 +19,7 @@ pub mod tar;
 mod tree;
 pub mod walk;
 
+pub use cancel::Cancel;
 pub use driver::*;
 pub use error::{Context, Error, ErrorKind, Result};
 pub use id::{ByteSize, ChainId, DiffId, Digest, LayerId};

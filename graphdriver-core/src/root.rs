@@ -1,6 +1,6 @@
 //! Directories by descriptor: everything that comes from a layer tar or from a user resolves beneath its root.
 
-use crate::{Context, Error, ErrorKind, FileKind, Metadata, Result, Timestamp};
+use crate::{Cancel, Context, Error, ErrorKind, FileKind, Metadata, Result, Timestamp};
 use rustix::{
     fs::{self, AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
     io::Errno,
@@ -19,7 +19,10 @@ use std::{
 /// A directory that every path given to it resolves beneath, symlinks and `..` included (`openat2(2)`,
 /// `RESOLVE_IN_ROOT`): an absolute symlink starts at this root, and nothing leads out.
 #[derive(Debug)]
-pub struct Root(OwnedFd);
+pub struct Root {
+    fd: OwnedFd,
+    cancel: Cancel,
+}
 
 /// An inode with what tells it from others.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,12 +46,22 @@ impl Root {
     pub fn open(path: &Path) -> Result<Root> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = fs::open(path, flags, Mode::empty()).doing(|| format!("opening directory {}", path.display()))?;
-        Ok(Root(fd))
+        Ok(Root::from_fd(fd))
     }
 
     /// A root whose descriptor is open already, a detached mount for example.
     pub fn from_fd(fd: OwnedFd) -> Root {
-        Root(fd)
+        Root { fd, cancel: Cancel::default() }
+    }
+
+    /// Makes [walks](crate::walk) over it fail with `Interrupted` when `cancel` is set.
+    pub fn cancelled_by(self, cancel: &Cancel) -> Root {
+        Root { cancel: cancel.clone(), ..self }
+    }
+
+    /// What makes walks over it stop.
+    pub(crate) fn cancel(&self) -> &Cancel {
+        &self.cancel
     }
 
     /// Opens what `path` names. An empty path, `/` and `.` are the root. A symlink as the last component is followed
@@ -58,7 +71,7 @@ impl Root {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         // A concurrent rename anywhere can make a resolution with `..` give up: openat2(2), EAGAIN.
         for _ in 0..128 {
-            match fs::openat2(&self.0, path, flags | OFlags::CLOEXEC, mode, resolve) {
+            match fs::openat2(&self.fd, path, flags | OFlags::CLOEXEC, mode, resolve) {
                 Err(Errno::AGAIN) => continue,
                 other => return other,
             }
@@ -76,7 +89,7 @@ impl Root {
     pub fn open_dir_nofollow(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        let mut dir = fs::openat2(&self.0, ".", flags, Mode::empty(), resolve)?;
+        let mut dir = fs::openat2(&self.fd, ".", flags, Mode::empty(), resolve)?;
         let mut rest = path.as_os_str().as_bytes();
         while !rest.is_empty() {
             let cut = if rest.len() < libc::PATH_MAX as usize {
@@ -126,7 +139,7 @@ impl Root {
 
 impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

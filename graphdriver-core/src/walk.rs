@@ -1,6 +1,6 @@
 //! The walk that compares a layer with its parent, once for all drivers.
 
-use crate::{Candidates, Change, ChangeKind, Context, Error, ErrorKind, Narrow, Result, Root, root::xattrs_at};
+use crate::{Cancel, Candidates, Change, ChangeKind, Context, Error, ErrorKind, Narrow, Result, Root, root::xattrs_at};
 use rustix::{
     fs::{self, AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Statx, StatxFlags},
     io::Errno,
@@ -34,7 +34,8 @@ use std::{
 /// directory does not change the files in it, so their names elsewhere are not listed.
 ///
 /// `upper` may be in use: what vanishes during the walk counts as absent. Symlinks are never followed. Memory and open
-/// descriptors are bounded by the largest directories on one path and not by the size of the tree.
+/// descriptors are bounded by the largest directories on one path and not by the size of the tree. It ends when `upper` is
+/// [cancelled](Root::cancelled_by).
 pub fn changes(
     lower: Option<&Root>,
     upper: &Root,
@@ -100,7 +101,7 @@ impl<'n> Walk<'_, 'n> {
         if let Some(lower) = &lower {
             let stats = (stat(lower, OsStr::new(""))?, stat(&upper, OsStr::new(""))?);
             if let (Some(l), Some(u)) = stats
-                && differs(lower, &l, &upper, &u, OsStr::new(""))?
+                && differs(self.upper.cancel(), lower, &l, &upper, &u, OsStr::new(""))?
             {
                 self.visit(ChangeKind::Modified)?;
             }
@@ -110,6 +111,7 @@ impl<'n> Walk<'_, 'n> {
 
     /// Looks at one name of the innermost directory.
     fn name(&mut self, Name { name, lower, upper }: Name) -> Result<()> {
+        self.upper.cancel().check()?;
         let Some((lower_dir, upper_dir)) = self.dirs()? else {
             self.stack.pop();
             return Ok(());
@@ -159,7 +161,7 @@ impl<'n> Walk<'_, 'n> {
         if kind(l) != kind(u) {
             return self.added(upper, name, kind(u), ChangeKind::Modified);
         }
-        let differs = match differs(lower, l, upper, u, name) {
+        let differs = match differs(self.upper.cancel(), lower, l, upper, u, name) {
             Err(e) if e.kind() == ErrorKind::NotFound => return self.visit(ChangeKind::Deleted),
             other => other?,
         };
@@ -237,7 +239,7 @@ impl Dir {
 }
 
 /// Whether an inode differs in anything a layer tar keeps; both are of one kind.
-fn differs(lower: &OwnedFd, l: &Statx, upper: &OwnedFd, u: &Statx, name: &OsStr) -> Result<bool> {
+fn differs(cancel: &Cancel, lower: &OwnedFd, l: &Statx, upper: &OwnedFd, u: &Statx, name: &OsStr) -> Result<bool> {
     let attributes = |st: &Statx| {
         // The size of a directory says nothing: ext4's never shrink.
         let size = if kind(st) == FileType::Directory { 0 } else { st.stx_size };
@@ -262,14 +264,14 @@ fn differs(lower: &OwnedFd, l: &Statx, upper: &OwnedFd, u: &Statx, name: &OsStr)
         return Ok(true);
     }
     match kind(u) {
-        FileType::RegularFile if u.stx_size > 0 => Ok(!same_content(lower, upper, name, u.stx_size)?),
+        FileType::RegularFile if u.stx_size > 0 => Ok(!same_content(cancel, lower, upper, name, u.stx_size)?),
         FileType::Symlink => Ok(fs::readlinkat(lower, name, Vec::new())? != fs::readlinkat(upper, name, Vec::new())?),
         _ => Ok(false),
     }
 }
 
 /// Compares the first `size` bytes of two files, without reading where both have holes.
-fn same_content(lower: &OwnedFd, upper: &OwnedFd, name: &OsStr, size: u64) -> Result<bool> {
+fn same_content(cancel: &Cancel, lower: &OwnedFd, upper: &OwnedFd, name: &OsStr, size: u64) -> Result<bool> {
     const STEP: usize = 128 * 1024;
     let (Some(a), Some(b)) = (open_file(lower, name)?, open_file(upper, name)?) else {
         return Ok(false);
@@ -278,6 +280,7 @@ fn same_content(lower: &OwnedFd, upper: &OwnedFd, name: &OsStr, size: u64) -> Re
     let (mut x, mut y) = (vec![0; length], vec![0; length]);
     let mut at = 0;
     while at < size {
+        cancel.check()?;
         if size > STEP as u64 {
             at = next_data(&a, at, size)?.min(next_data(&b, at, size)?);
         }

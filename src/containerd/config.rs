@@ -20,7 +20,9 @@ version = 2
     root = {root}
 
 # The tars of commits by what the driver knows, instead of a look at all files. For containerd 1.7 and later: 1.6 does not
-# start with it. The service has to find containerd's socket: --containerd.
+# start with it. The service has to find containerd's socket: --containerd ADDRESS.
+# All of containerd's diffs and unpacking, of other snapshotters too, go through the service's socket then. What is not ours to do
+# containerd asks "walking" for next; while nobody serves the socket, it gets no answer and fails.
 # [proxy_plugins.graphdriver-diff]
 #   type = "diff"
 #   address = {socket}

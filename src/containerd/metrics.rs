@@ -27,7 +27,16 @@ pub(super) struct Metrics {
     reclaimable: IntGauge,
     free: IntGauge,
     /// When the gauges of the store were last taken.
-    looked: Mutex<Option<Instant>>,
+    looked: Arc<Mutex<Option<Instant>>>,
+}
+
+/// A call that runs.
+pub(super) struct Running(IntGauge);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// Scrapers may come as often as they like, and looking costs.
@@ -58,16 +67,17 @@ impl Metrics {
         for gauge in [&running, &mounts, &reclaimable, &free] {
             registry.register(Box::new(gauge.clone()))?;
         }
-        let looked = Mutex::new(None);
+        let looked = Arc::default();
         Ok(Metrics { registry, calls, seconds, running, layers, bytes, mounts, reclaimable, free, looked })
     }
 
-    pub(super) fn begun(&self) {
+    /// A call runs until this is dropped.
+    pub(super) fn begun(&self) -> Running {
         self.running.inc();
+        Running(self.running.clone())
     }
 
     pub(super) fn ended(&self, method: &str, code: Code, took: Duration) {
-        self.running.dec();
         self.calls.with_label_values(&[method, &format!("{code:?}")]).inc();
         self.seconds.with_label_values(&[method]).observe(took.as_secs_f64());
     }
@@ -93,12 +103,16 @@ impl Metrics {
     }
 
     async fn text(self: Arc<Self>, snapshots: Arc<Snapshots>) -> Result<String> {
-        let mut looked = self.looked.lock().await;
+        let mut looked = self.looked.clone().lock_owned().await;
         if looked.is_none_or(|then| then.elapsed() > FRESH) {
             let metrics = self.clone();
-            let task = tokio::task::spawn_blocking(move || metrics.look(&snapshots));
+            // One looks at a time, also if scrapers give up meanwhile: they must not take all threads.
+            let task = tokio::task::spawn_blocking(move || {
+                metrics.look(&snapshots)?;
+                *looked = Some(Instant::now());
+                Ok::<_, Error>(())
+            });
             task.await.map_err(failed)??;
-            *looked = Some(Instant::now());
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text).map_err(failed)?;

@@ -40,6 +40,9 @@ pub struct ServeOptions {
 /// How long calls may go on after SIGTERM.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// How long they may then take to undo what they have begun.
+const LAST: Duration = Duration::from_secs(2);
+
 /// Serves until SIGTERM or SIGINT, and then until the calls that run are done.
 pub fn serve(snapshots: Snapshots, options: &ServeOptions) -> Result<()> {
     if let Some(address) = options.metrics.filter(|address| !address.ip().is_loopback()) {
@@ -78,7 +81,7 @@ async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
     let incoming = UnixListenerStream::new(socket.listener);
     let server = Server::builder()
         .add_service(SnapshotsServer::from_arc(service.clone()))
-        .add_service(DiffServer::from_arc(service))
+        .add_service(DiffServer::from_arc(service.clone()))
         .serve_with_incoming_shutdown(incoming, told_to_stop());
     let mut server = tokio::spawn(server);
     tracing::info!(socket = %options.socket.display(), "serving");
@@ -94,11 +97,13 @@ async fn run(snapshots: Arc<Snapshots>, options: &ServeOptions) -> Result<()> {
         Some(ended) => ended,
         None => {
             stop.send_replace(true);
-            let waited = tokio::time::timeout(GRACE, &mut server).await;
-            waited.unwrap_or_else(|_| {
+            let mut waited = tokio::time::timeout(GRACE, &mut server).await;
+            if waited.is_err() {
                 tracing::warn!("calls were still running after {} seconds", GRACE.as_secs());
-                Ok(Ok(()))
-            })
+                service.end();
+                waited = tokio::time::timeout(LAST, &mut server).await;
+            }
+            waited.unwrap_or(Ok(Ok(())))
         }
     };
     let failed = |e: String| Error::new(ErrorKind::Io, e).doing("serving containerd");

@@ -14,32 +14,62 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinError,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Request, Response, Status, transport::server::UdsConnectInfo};
+use tracing::{Instrument, Span};
 
 pub(super) type Reply<T> = Result<Response<T>, Status>;
 
-/// Infos in one message of a listing: far below the 4 MiB that gRPC takes, as labels are bounded by what they are for.
-const PAGE: usize = 100;
+/// Bytes of infos in one message of a listing, unless one alone has more: gRPC takes 4 MiB.
+const PAGE: usize = 1 << 20;
 
-/// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished.
+/// Bytes of what is told of a failure: it goes into a header, which clients take up to 16 KiB, three for one of ours.
+const LONGEST: usize = 4096;
+
+/// The service. Calls run on threads of their own, as they wait for disks; a call whose client goes away is finished, but for
+/// layer tars.
 pub(super) struct Service {
-    snapshots: Arc<Snapshots>,
+    pub(super) snapshots: Arc<Snapshots>,
     metrics: Arc<Metrics>,
     requests: AtomicU64,
     /// Something was removed.
     removed: Arc<Notify>,
     /// containerd's socket.
     pub(super) containerd: PathBuf,
+    /// One for each layer tar that is written at the same time.
+    pub(super) tars: Arc<Semaphore>,
+    /// No call may go on that can be repeated.
+    ending: CancellationToken,
 }
+
+/// Fewer than there are threads for calls, which would wait for all of them; and each keeps a processor busy.
+const TARS: usize = 4;
 
 impl Service {
     pub(super) fn new(snapshots: Arc<Snapshots>, metrics: Arc<Metrics>, containerd: PathBuf) -> Service {
         let removed = Arc::new(Notify::new());
         tokio::spawn(free_removed(snapshots.clone(), removed.clone()));
-        Service { snapshots, metrics, requests: AtomicU64::new(1), removed, containerd }
+        let tars = Arc::new(Semaphore::new(TARS));
+        let (requests, ending) = (AtomicU64::new(1), CancellationToken::new());
+        Service { snapshots, metrics, requests, removed, containerd, tars, ending }
+    }
+
+    /// Ends the calls that can be repeated.
+    pub(super) fn end(&self) {
+        self.ending.cancel();
+    }
+
+    /// For a call that is not finished once its client has gone away or its deadline has passed, in which case the future of
+    /// the call is dropped, and the second of these with it.
+    pub(super) fn wanted(&self) -> (CancellationToken, DropGuard) {
+        let token = self.ending.child_token();
+        (token.clone(), token.drop_guard())
     }
 
     async fn call<T: Send + 'static>(
@@ -47,41 +77,66 @@ impl Service {
         call: Call<'_>,
         work: impl FnOnce(&Snapshots) -> Result<T> + Send + 'static,
     ) -> Reply<T> {
-        self.run(call, move |snapshots| work(snapshots).map_err(|e| status::status(&e))).await
+        let snapshots = self.snapshots.clone();
+        self.run(call, blocking(move || work(&snapshots).map_err(|e| status::status(&e)))).await
     }
 
     /// For work that has its own answer to what fails.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         call: Call<'_>,
-        work: impl FnOnce(&Snapshots) -> Result<T, Status> + Send + 'static,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
     ) -> Reply<T> {
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         let Call { method, namespace, key } = call;
         let span = tracing::info_span!("call", request, method, namespace, key);
-        let snapshots = self.snapshots.clone();
-        let inner = span.clone();
-        self.metrics.begun();
-        let begun = Instant::now();
-        let done = tokio::task::spawn_blocking(move || inner.in_scope(|| work(&snapshots))).await;
-        let took = begun.elapsed();
-        let reply = match done {
-            Ok(Ok(value)) => Ok(Response::new(value)),
-            Ok(Err(e)) => Err(e),
-            Err(e) => Err(Status::internal(format!("the call did not end: {e}"))),
+        let metrics = self.metrics.clone();
+        let running = metrics.begun();
+        // In a task, which goes on and is counted if the client goes away.
+        let task = async move {
+            let _running = running;
+            let begun = Instant::now();
+            let reply = work.await.map_err(shortened);
+            let (code, took) = (reply.as_ref().err().map_or(Code::Ok, Status::code), begun.elapsed());
+            metrics.ended(method, code, took);
+            note(reply.as_ref().err(), took);
+            reply
         };
-        let code = reply.as_ref().err().map_or(Code::Ok, Status::code);
-        self.metrics.ended(method, code, took);
-        let ms = took.as_millis() as u64;
-        span.in_scope(|| match &reply {
-            Ok(_) => tracing::debug!(ms, "done"),
-            // containerd asks for what may not be there, makes what may be, and knows who else can do it.
-            Err(e) if matches!(code, Code::NotFound | Code::AlreadyExists | Code::Unimplemented) => {
-                tracing::info!(ms, code = ?code, "{}", e.message())
-            }
-            Err(e) => tracing::warn!(ms, code = ?code, "{}", e.message()),
-        });
-        reply
+        tokio::spawn(task.instrument(span)).await.unwrap_or_else(not_ended).map(Response::new)
+    }
+}
+
+/// Work that waits for disks, on a thread for that.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    let span = Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.unwrap_or_else(not_ended)
+}
+
+fn not_ended<T>(e: JoinError) -> Result<T, Status> {
+    Err(Status::internal(format!("the call did not end: {e}")))
+}
+
+/// Whoever gives us long names reads of what is wrong with them, and not of a broken stream.
+fn shortened(e: Status) -> Status {
+    let text = e.message();
+    if text.len() <= LONGEST {
+        return e;
+    }
+    let end = (0..=LONGEST).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+    Status::new(e.code(), format!("{}...", &text[..end]))
+}
+
+fn note(failure: Option<&Status>, took: Duration) {
+    let ms = took.as_millis() as u64;
+    let Some(e) = failure else { return tracing::debug!(ms, "done") };
+    match e.code() {
+        // containerd asks for what may not be there, makes what may be, knows who else can do it, and needs some no more.
+        code @ (Code::NotFound | Code::AlreadyExists | Code::Unimplemented | Code::Cancelled) => {
+            tracing::info!(ms, code = ?code, "{}", e.message())
+        }
+        code => tracing::warn!(ms, code = ?code, "{}", e.message()),
     }
 }
 
@@ -112,8 +167,10 @@ async fn free_removed(snapshots: Arc<Snapshots>, removed: Arc<Notify>) {
         removed.notified().await;
         let snapshots = snapshots.clone();
         let freed = tokio::task::spawn_blocking(move || snapshots.free_removed()).await;
-        if let Ok(Err(e)) = freed {
-            tracing::warn!("freeing what was removed: {e}");
+        match freed {
+            Ok(Ok(_)) => {}
+            Ok(Err(e)) => tracing::warn!("freeing what was removed: {e}"),
+            Err(e) => tracing::error!("freeing what was removed did not end: {e}"),
         }
     }
 }
@@ -156,6 +213,23 @@ fn info(snapshot: Snapshot) -> api::Info {
         updated_at: timestamp(snapshot.updated),
         labels: snapshot.labels,
     }
+}
+
+/// The messages of a listing.
+fn pages(all: impl Iterator<Item = api::Info>) -> Vec<Vec<api::Info>> {
+    let mut pages: Vec<Vec<api::Info>> = Vec::new();
+    let mut room = 0;
+    for info in all {
+        let labels: usize = info.labels.iter().map(|(name, value)| name.len() + value.len() + 16).sum();
+        let size = info.name.len() + info.parent.len() + labels + 64;
+        if size > room {
+            room = PAGE;
+            pages.push(Vec::new());
+        }
+        room = room.saturating_sub(size);
+        pages.last_mut().expect("just begun").push(info);
+    }
+    pages
 }
 
 #[tonic::async_trait]
@@ -227,12 +301,10 @@ impl snapshots_server::Snapshots for Service {
         let filters = request.get_ref().filters.clone();
         self.call(Call::new("List", &request, ""), move |snapshots| {
             // All at once, so that the client may call for each while it reads, and still sees one point in time.
-            let mut all = snapshots.list(&filters)?.into_iter().map(info).peekable();
-            let mut pages = Vec::new();
-            while all.peek().is_some() {
-                pages.push(Ok(api::ListSnapshotsResponse { info: all.by_ref().take(PAGE).collect() }));
-            }
-            Ok(tokio_stream::iter(pages))
+            let pages = pages(snapshots.list(&filters)?.into_iter().map(info));
+            Ok(tokio_stream::iter(
+                pages.into_iter().map(|info| Ok(api::ListSnapshotsResponse { info })).collect::<Vec<_>>(),
+            ))
         })
         .await
     }

@@ -11,6 +11,7 @@ use graphdriver_containerd_api::{
     types,
 };
 use graphdriver_core::mount;
+use nix::sys::signal::Signal;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
@@ -24,11 +25,11 @@ use std::{
 use tonic::{Code, Request, Status, transport::Endpoint};
 
 const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-const NAMESPACE: &str = "graphdriver-diff";
+pub const NAMESPACE: &str = "graphdriver-diff";
 
-struct Containerd {
+pub struct Containerd {
     child: Child,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Drop for Containerd {
@@ -39,7 +40,7 @@ impl Drop for Containerd {
 }
 
 impl Containerd {
-    fn start(dir: &Path) -> Containerd {
+    pub fn start(dir: &Path) -> Containerd {
         let (socket, at) = (dir.join("containerd.sock"), dir.display());
         let config = format!(
             "version = 2\nroot = \"{at}/cd\"\nstate = \"{at}/cd-state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
@@ -58,6 +59,10 @@ impl Containerd {
         containerd
     }
 
+    pub fn signal(&self, signal: Signal) {
+        crate::client::signal(&self.child, signal);
+    }
+
     fn command(&self, namespace: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("ctr");
         command.arg("--address").arg(&self.socket).args(["--namespace", namespace]).args(arguments);
@@ -71,12 +76,12 @@ impl Containerd {
         out.stdout
     }
 
-    fn lines(&self, namespace: &str, arguments: &[&str]) -> Vec<String> {
+    pub fn lines(&self, namespace: &str, arguments: &[&str]) -> Vec<String> {
         String::from_utf8(self.ctr(namespace, arguments)).unwrap().lines().map(str::to_owned).collect()
     }
 }
 
-fn asked(left: &[types::Mount], right: &[types::Mount]) -> Request<api::DiffRequest> {
+pub fn asked(left: &[types::Mount], right: &[types::Mount]) -> Request<api::DiffRequest> {
     let labels = [("kept".to_owned(), "yes".to_owned())].into();
     let (left, right, media_type) = (left.to_vec(), right.to_vec(), GZIP.into());
     let mut request = Request::new(api::DiffRequest { left, right, media_type, labels, ..Default::default() });

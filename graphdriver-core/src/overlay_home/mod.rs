@@ -46,6 +46,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 /// Such a directory, opened.
@@ -53,10 +54,21 @@ use std::{
 pub struct Home {
     path: PathBuf,
     xattrs: OverlayXattrs,
-    /// Layers that were found to be there as parents, and whether their roots are opaque. Nothing of that can change, as
-    /// parents are committed, and no number is used twice; and a container at the end of a long chain asks for each.
-    parents: Mutex<HashMap<LayerId, bool>>,
+    /// Layers that were parents; a container at the end of a long chain asks for each.
+    parents: Mutex<HashMap<LayerId, Parent>>,
 }
+
+/// A layer that others lie on.
+#[derive(Debug, Clone, Copy)]
+struct Parent {
+    /// Whether its root is opaque, which cannot change: it is committed, and no number is used twice.
+    opaque: bool,
+    /// When it was there.
+    seen: Instant,
+}
+
+/// How long a parent is not looked for again.
+const FRESH: Duration = Duration::from_secs(1);
 
 impl Home {
     /// Makes what is missing of the directory `path`, which is absolute and whose layers keep overlayfs's attributes in
@@ -117,17 +129,20 @@ impl Home {
         narrow::has(self.open_diff(id)?.as_fd(), self.xattrs, "opaque")
     }
 
-    fn known_parents(&self) -> MutexGuard<'_, HashMap<LayerId, bool>> {
+    fn known_parents(&self) -> MutexGuard<'_, HashMap<LayerId, Parent>> {
         self.parents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same of a parent, which is looked at once. Fails with `NotFound` if it is not there.
+    /// The same of a parent, whose attributes are asked for once. Fails with `NotFound` if it is not there: whoever mounts it
+    /// could not say which one of many is missing.
     fn parent_is_opaque(&self, id: LayerId) -> Result<bool> {
-        if let Some(known) = self.known_parents().get(&id) {
-            return Ok(*known);
-        }
-        let opaque = self.is_opaque(id)?;
-        self.known_parents().insert(id, opaque);
+        let known = self.known_parents().get(&id).copied();
+        let opaque = match known {
+            Some(parent) if parent.seen.elapsed() < FRESH => return Ok(parent.opaque),
+            Some(parent) if self.diff(id).is_dir() => parent.opaque,
+            _ => self.is_opaque(id)?,
+        };
+        self.known_parents().insert(id, Parent { opaque, seen: Instant::now() });
         Ok(opaque)
     }
 

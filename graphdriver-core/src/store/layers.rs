@@ -125,6 +125,7 @@ impl Layers {
                 ErrorKind::AlreadyExists => {
                     e.with_kind(ErrorKind::Corrupt).hint("a power cut has left it, which is removed now: try again")
                 }
+                ErrorKind::NotFound => damaged(e),
                 _ => e,
             })?;
         }
@@ -173,9 +174,7 @@ impl Layers {
         });
         let recipe = shown.and_then(|(shown, parents)| {
             self.driver.mount(shown, &parents, access).map_err(|e| match e.kind() {
-                ErrorKind::NotFound => e
-                    .with_kind(ErrorKind::Corrupt)
-                    .hint("the data root was damaged: remove what needs this layer and load its image again"),
+                ErrorKind::NotFound => damaged(e),
                 ErrorKind::InvalidInput if access == Access::ReadWrite => {
                     e.hint("its last commit was interrupted: commit it again, or remove it")
                 }
@@ -540,4 +539,10 @@ fn may_be_written(layer: &Layer, op: Option<Op>) -> Result<()> {
 
 fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidInput, reason)
+}
+
+/// The driver lacks a layer that the store has.
+fn damaged(e: Error) -> Error {
+    e.with_kind(ErrorKind::Corrupt)
+        .hint("the data root was damaged: remove what needs this layer and load its image again")
 }

@@ -480,3 +480,32 @@ fn huge_sparse_files_are_compared_by_their_data() {
     }
     assert_eq!(letters(&walked(Some(lower.path()), upper.path(), None)), ["C other"]);
 }
+
+/// Two trees without a difference: there is nothing to visit, and nothing to write into a tar.
+#[test]
+fn a_cancelled_walk_ends() {
+    struct Cancelling(Cancel);
+    impl Narrow for Cancelling {
+        fn candidates(&mut self, _: &Path) -> Result<Candidates> {
+            self.0.set();
+            Ok(Candidates::All)
+        }
+    }
+    let (lower, upper) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let write = |text| {
+        for tree in [&lower, &upper] {
+            std::fs::write(tree.path().join("file"), text).unwrap();
+        }
+    };
+    write("");
+    let cancel = Cancel::default();
+    let (l, u) = (Root::open(lower.path()).unwrap(), Root::open(upper.path()).unwrap().cancelled_by(&cancel));
+    let ended = changes(Some(&l), &u, Some(&mut Cancelling(cancel.clone())), &mut |_| Ok(()));
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::Interrupted);
+    // So does the comparison of large files.
+    write("text");
+    let dirs = (open_root(&l).unwrap(), open_root(&u).unwrap());
+    let same = |cancel: &Cancel| same_content(cancel, &dirs.0, &dirs.1, OsStr::new("file"), 4);
+    assert!(same(&Cancel::default()).unwrap());
+    assert_eq!(same(&cancel).unwrap_err().kind(), ErrorKind::Interrupted);
+}

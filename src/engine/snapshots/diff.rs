@@ -1,6 +1,7 @@
 //! Layer tars of snapshots, found by the mounts that containerd was told of.
 
 use super::{Snapshot, Snapshots, row};
+use crate::progress::{Cancel, Metered, Silent};
 use graphdriver_core::{Context, Error, ErrorKind, LayerId, Mount, Narrow, Result, store::LayerKind, tar};
 use std::io::{BufWriter, Write};
 
@@ -77,15 +78,22 @@ impl Snapshots {
 
     /// Writes the layer tar. The layer may be mounted and in use.
     ///
-    /// Fails with `NotFound` if the snapshot was removed meanwhile: what was written then is worth nothing.
-    pub fn write_difference(&self, difference: &Difference, out: impl Write) -> Result<()> {
-        self.write_difference_inner(difference, out).doing(|| format!("comparing snapshot {}", difference.name))
+    /// Fails with `NotFound` if the snapshot was removed meanwhile, and soon with `Interrupted` when `cancel` is set: what was
+    /// written then is worth nothing.
+    pub fn write_difference(&self, difference: &Difference, cancel: &Cancel, out: impl Write) -> Result<()> {
+        let out = Metered::new(out, &difference.name, None, &Silent, cancel);
+        self.write_difference_inner(difference, cancel, out).doing(|| format!("comparing snapshot {}", difference.name))
     }
 
-    fn write_difference_inner(&self, &Difference { layer, parent, .. }: &Difference, out: impl Write) -> Result<()> {
+    fn write_difference_inner(
+        &self,
+        &Difference { layer, parent, .. }: &Difference,
+        cancel: &Cancel,
+        out: impl Write,
+    ) -> Result<()> {
         let layers = &self.engine.layers;
         let lower = parent.map(|parent| self.engine.view(parent)).transpose()?;
-        let upper = self.engine.view(layer)?;
+        let upper = self.engine.view(layer)?.cancelled_by(cancel);
         let parents = layers.parents(layer)?;
         let mut narrow = layers.driver().native_diff().map(|native| native.narrow(layer, &parents)).transpose()?;
         let narrow = narrow.as_mut().map(|n| &mut **n as &mut dyn Narrow);

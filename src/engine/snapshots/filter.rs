@@ -42,9 +42,10 @@ enum Test {
 
 impl Filters {
     pub(super) fn parse(filters: &[String]) -> Result<Filters> {
+        let mut patterns = 0;
         let parse = |text: &String| match text.as_str() {
             "" => Ok(Vec::new()),
-            text => Parser { text, at: 0 }.filter(),
+            text => Parser { text, at: 0, patterns: &mut patterns }.filter(),
         };
         filters.iter().map(parse).collect::<Result<_>>().map(Filters)
     }
@@ -80,7 +81,12 @@ fn field(snapshot: &Snapshot, path: &[Bytes]) -> Option<String> {
 struct Parser<'a> {
     text: &'a str,
     at: usize,
+    /// How many there were in all filters.
+    patterns: &'a mut usize,
 }
+
+/// Each can take 10 MiB.
+const MOST_PATTERNS: usize = 32;
 
 impl Parser<'_> {
     fn filter(&mut self) -> Result<Vec<Selector>> {
@@ -107,10 +113,20 @@ impl Parser<'_> {
         let test = match self.while_true(is_operator).as_str() {
             "==" => Test::Equal(self.value(false)?),
             "!=" => Test::NotEqual(self.value(false)?),
-            "~=" => Test::Matches(pattern(&self.value(true)?)),
+            "~=" => self.pattern()?,
             _ => return Err(self.error("==, != or ~=")),
         };
         Ok(Selector { path, test })
+    }
+
+    fn pattern(&mut self) -> Result<Test> {
+        let text = self.value(true)?;
+        *self.patterns += 1;
+        if *self.patterns > MOST_PATTERNS {
+            let why = format!("filters with more than {MOST_PATTERNS} patterns");
+            return Err(Error::new(ErrorKind::InvalidInput, why).hint("write one pattern with | between them"));
+        }
+        Ok(Test::Matches(pattern(&text)))
     }
 
     fn name(&mut self) -> Result<Bytes> {
@@ -238,7 +254,7 @@ fn go_char(number: u32) -> Option<char> {
 
 fn pattern(text: &[u8]) -> Option<Regex> {
     let compiled = str::from_utf8(text).map_err(|e| e.to_string()).and_then(pattern::compile);
-    let shown = String::from_utf8_lossy(text);
+    let shown = String::from_utf8_lossy(&text[..text.len().min(200)]);
     compiled.inspect_err(|e| tracing::warn!("the pattern {shown:?} of a filter matches nothing: {e}")).ok()
 }
 
@@ -386,6 +402,18 @@ mod tests {
             assert!(e.kind() == ErrorKind::InvalidInput && e.to_string().contains("filter"), "{bad}: {e}");
             // One of several is enough.
             Filters::parse(&["name".into(), bad.into()]).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn patterns_are_bounded_over_all_filters() {
+        let parse = |filters: usize, each: usize| {
+            let filter = vec!["name~=a"; each].join(",");
+            Filters::parse(&vec![filter; filters]).map_err(|e| e.kind())
+        };
+        assert!(parse(1, 32).is_ok() && parse(32, 1).is_ok());
+        for (filters, each) in [(1, 33), (33, 1), (2, 17)] {
+            assert_eq!(parse(filters, each).unwrap_err(), ErrorKind::InvalidInput);
         }
     }
 

@@ -22,8 +22,14 @@ const GIDS: &str = "containerd.io/snapshot/gidmapping";
 /// containerd's own bound for a name and its value together.
 const LONGEST: usize = 4096;
 
-/// Refuses labels that containerd would not keep.
+/// Bytes of all labels of a snapshot together. They have to fit into one message, which containerd does not look at.
+const MOST: usize = 1 << 20;
+
+/// Refuses labels that containerd would not keep, or could not be told of.
 pub(super) fn check(labels: &Labels) -> Result<()> {
+    if labels.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > MOST {
+        return Err(invalid(format!("its labels have more than {MOST} bytes")));
+    }
     match labels.iter().find(|(name, value)| name.len() + value.len() > LONGEST) {
         Some((name, _)) => Err(invalid(format!("label {:.64} is longer than {LONGEST} bytes", name))),
         None => Ok(()),
@@ -220,5 +226,8 @@ mod tests {
     fn long_labels_are_refused() {
         check(&labels(&[("a", &"x".repeat(4095))])).unwrap();
         assert!(check(&labels(&[("a", &"x".repeat(4096))])).is_err());
+        let many = |count: usize| (0..count).map(|n| (format!("{n:024}"), "x".repeat(1000))).collect::<Labels>();
+        check(&many(1024)).unwrap();
+        assert!(check(&many(1025)).is_err());
     }
 }

@@ -408,7 +408,8 @@ fn merged(old: &Labels, given: &Labels, paths: &[String]) -> Result<Labels> {
 fn check_name(name: &str) -> Result<()> {
     match name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0') {
         true => {
-            let why = format!("{name:.64?} is no name of a snapshot: 1 to {LONGEST_NAME} bytes without NUL");
+            let shown: String = name.chars().take(64).collect();
+            let why = format!("{shown:?} is no name of a snapshot: 1 to {LONGEST_NAME} bytes without NUL");
             Err(Error::new(ErrorKind::InvalidInput, why))
         }
         false => Ok(()),
