@@ -1,7 +1,7 @@
 //! The xattr that makes a sparse file of the upper layer an extent file. FORMAT.md describes it for others.
 
 use rustix::{
-    fs::{AtFlags, StatxFlags},
+    fs::{AtFlags, Statx, StatxFlags},
     io::{Errno, Result},
 };
 use std::os::fd::BorrowedFd;
@@ -39,10 +39,14 @@ impl UpperIdentity {
     /// That of an open file.
     pub fn of(file: BorrowedFd<'_>) -> Result<UpperIdentity> {
         let wanted = StatxFlags::INO | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted)?;
+        rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted).map(|stat| UpperIdentity::in_stat(&stat))
+    }
+
+    /// That of a file which was asked for its number and birth.
+    pub fn in_stat(stat: &Statx) -> UpperIdentity {
         let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         let birth = if has_birth { (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec) } else { (0, 0) };
-        Ok(UpperIdentity { ino: stat.stx_ino, birth })
+        UpperIdentity { ino: stat.stx_ino, birth }
     }
 }
 

@@ -309,7 +309,10 @@ impl Union {
     pub fn is_slow(&self, id: u64) -> bool {
         self.table.get(id).is_ok_and(|node| {
             let lower = node.is_regular() && node.place.lock().layer != UPPER;
-            lower && self.attr_of_node(&node).is_ok_and(|a| a.size > 1 << 20) && !self.can_extent()
+            lower
+                && !self.knows_to_extent()
+                && self.attr_of_node(&node).is_ok_and(|a| a.size > 1 << 20)
+                && !self.can_extent()
         })
     }
 

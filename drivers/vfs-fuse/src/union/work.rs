@@ -98,6 +98,11 @@ impl Upper {
         let unit = if self.xattrs { extent::probe(self.work.dir.as_fd())? } else { None };
         Ok(*known.insert(unit))
     }
+
+    /// Whether it is known, without waiting, that extent files can be made.
+    pub fn knows_unit(&self) -> bool {
+        self.unit.try_lock().is_some_and(|known| matches!(*known, Some(Some(_))))
+    }
 }
 
 impl Work {
