@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     config::{Completion, CopyUp},
-    extent::{self, Header, Unit},
+    extent::{Header, Unit},
 };
 use parking_lot::{Condvar, Mutex};
 use rustix::{
@@ -159,8 +159,7 @@ impl Union {
     /// by its present name, so it has to get it first.
     pub(super) fn up_for_a_name(&self, node: &Arc<Node>) -> Result<()> {
         self.copy_up(node, Change::Metadata)?;
-        let header = format!("{}{}", self.marks.prefix, extent::XATTR);
-        if node.place.lock().composed && self.with(node, |object, _| object.get(&header))?.is_none() {
+        if node.place.lock().composed && self.with(node, |object, _| self.header(object))?.is_none() {
             self.copy_up(node, Change::Data { keep: u64::MAX })?;
         }
         Ok(())
@@ -403,9 +402,9 @@ impl Union {
         };
         let disk = layer::stat_with_birth(object.dir, object.name)?;
         if let Some(file) = &copy.file {
-            copy.header = self.fill(upper, (file, &disk), lower, change)?;
+            copy.header = self.fill(upper, (file, &disk), (lower, node.ino), change)?;
         }
-        if upper.xattrs {
+        if upper.xattrs && copy.header.is_none() {
             let ino = object.set(&self.marks.name("vfs.ino"), &node.ino.to_le_bytes(), XattrFlags::empty());
             // `user.` xattrs are for files and directories only: other types get a new number at the next mount.
             ino.or_else(|e| if e == Errno::PERM || e == Errno::OPNOTSUPP { Ok(()) } else { Err(e) })?;

@@ -228,7 +228,7 @@ impl Union {
     /// A file whose data is, in part or whole, that of a lower one.
     fn open_composed(&self, object: Object<'_>, place: &Place, write: bool) -> Result<Inner> {
         let prefix = self.marks.prefix;
-        let Some(header) = object.get(&format!("{prefix}{}", extent::XATTR))? else {
+        let Some(header) = self.header(object)? else {
             if !super::lookup::has_data_mark(&object.list()?) {
                 // Truncated or overwritten as a whole, which made it a plain file; of a lower layer, completed meanwhile by
                 // the daemon that has it for writing and is about to end.
@@ -250,6 +250,11 @@ impl Union {
         })?;
         let upper = if writable { open_upper(object, write)? } else { reopen(object, READ)? };
         Ok(Inner::Extent(Arc::new(ExtentFile::open(upper, lower, header, prefix, unit, writable)?)))
+    }
+
+    /// The header, undecoded, of what may be an extent file.
+    pub(super) fn header(&self, object: Object<'_>) -> Result<Option<Vec<u8>>> {
+        extent::Header::find(|name| object.get(&format!("{}{name}", self.marks.prefix)))
     }
 
     /// A file of a layer by its path from there.

@@ -22,6 +22,8 @@ use std::{
 };
 
 pub(super) const PREFIX: &str = "user.overlay.";
+/// What extent files are shown with.
+const INO: u64 = 4711;
 
 /// A lower file and an extent file of it, in a directory.
 pub(super) struct Pair {
@@ -49,6 +51,7 @@ impl Pair {
             },
             limit: lower.size(),
             upper: UpperIdentity::of(upper.as_fd()).unwrap(),
+            ino: Some(INO),
         };
         prepare(upper.as_fd(), PREFIX, &header)
     }

@@ -65,7 +65,7 @@ impl Union {
         &self,
         upper: &Upper,
         (file, stat): (&OwnedFd, &Statx),
-        lower: &Lower,
+        (lower, ino): (&Lower, u64),
         change: Change,
     ) -> Result<Option<Header>> {
         let size = lower.stat.stx_size;
@@ -81,7 +81,7 @@ impl Union {
         }
         if self.prefers_extents(change, keep)
             && self.can_extent()
-            && let Some(header) = self.prepare_extents(upper, (file, stat), lower)?
+            && let Some(header) = self.prepare_extents(upper, (file, stat), (lower, ino))?
         {
             return Ok(Some(header));
         }
@@ -104,7 +104,7 @@ impl Union {
         &self,
         upper: &Upper,
         (file, stat): (&OwnedFd, &Statx),
-        lower: &Lower,
+        (lower, ino): (&Lower, u64),
     ) -> Result<Option<Header>> {
         let (Some(path), Some(_)) = (&lower.path, upper.unit()?) else { return Ok(None) };
         let header = Header {
@@ -117,13 +117,14 @@ impl Union {
             },
             limit: lower.stat.stx_size,
             upper: extent::UpperIdentity::in_stat(stat),
+            ino: Some(ino),
         };
         upper.note_incomplete()?;
         match extent::prepare(file.as_fd(), self.marks.prefix, &header) {
             Ok(()) => Ok(Some(header)),
             // The path does not fit into an xattr.
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE | Errno::OPNOTSUPP) => {
-                extent::unprepare(file.as_fd(), self.marks.prefix)?;
+                extent::unprepare(file.as_fd(), self.marks.prefix, None)?;
                 rustix::fs::ftruncate(file, 0)?;
                 Ok(None)
             }
