@@ -22,4 +22,4 @@ pub use layer::{Completed, complete_layer};
 pub use probe::{Unit, probe};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -71,8 +71,9 @@ impl Drop for Turn<'_> {
 
 /// A copy in the making.
 struct Copy {
-    /// In the work directory.
+    /// In the work directory; if it is nameless, one that it may have there.
     name: OsString,
+    nameless: bool,
     /// Of regular files.
     file: Option<OwnedFd>,
     /// If it is an extent file.
@@ -389,10 +390,16 @@ impl Union {
         let entangled = |name: &[u8]| name == ACL_ACCESS.as_bytes() || name == CAPABILITY.as_bytes();
         let set = set.filter(|_| node.is_regular() && !names(&list).any(entangled));
         let owner = set.map_or(Ok(lower.owner), |set| self.changed(lower.owner, set))?;
-        let mut copy = Copy { name: name.into(), file: None, header: None, owner, changed: set.is_some() };
+        let changed = set.is_some();
+        let mut copy = Copy { name: name.into(), nameless: false, file: None, header: None, owner, changed };
         if node.is_regular() {
-            // Nobody else gets into the work directory, so it may have its mode at once.
-            copy.file = Some(upper.work.make_file(name, owner.mode & 0o777 | 0o600)?);
+            // Nobody else gets to it, so it may have its mode at once.
+            let mode = owner.mode & 0o777 | 0o600;
+            copy.file = upper.work.make_nameless(mode)?;
+            copy.nameless = copy.file.is_some();
+            if !copy.nameless {
+                copy.file = Some(upper.work.make_file(name, mode)?);
+            }
         } else {
             self.make_special(upper, lower, name)?;
         }

@@ -11,22 +11,45 @@ use crate::{
         links::{INODE, Name},
         marks::Object,
         node::{Node, Place, UPPER},
-        work::Upper,
+        work::{Upper, Work, link_nameless},
     },
 };
 use rustix::{
     fd::{AsFd, BorrowedFd},
     fs::{AtFlags, Mode, OFlags, XattrFlags},
-    io::Result,
+    io::{Errno, Result},
 };
 use std::{
     ffi::{OsStr, OsString},
     sync::{Arc, atomic::Ordering},
 };
 
+impl Copy {
+    /// Gives it its name in the work directory, if it has none yet.
+    fn enter_work(&self, work: &Work) -> Result<()> {
+        match &self.file {
+            Some(file) if self.nameless => link_nameless(file.as_fd(), work.dir.as_fd(), &self.name),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives it its name, over a file that is there.
+    fn place(&self, work: &Work, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        match &self.file {
+            Some(file) if self.nameless => match link_nameless(file.as_fd(), dir, name) {
+                Err(Errno::EXIST) => self.enter_work(work)?,
+                done => return done,
+            },
+            _ => {}
+        }
+        work.place(&self.name, dir, name)
+    }
+}
+
 impl Union {
     /// The copy of a file that has lost its last name stays nameless.
     pub(super) fn place_nameless(&self, upper: &Upper, node: &Arc<Node>, copy: &Copy, lower: Lower) -> Result<()> {
+        copy.enter_work(&upper.work)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&upper.work.dir, &copy.name, flags, Mode::empty())?;
         let mut place = node.place.lock();
@@ -50,7 +73,7 @@ impl Union {
         let dir = fds.upper()?;
         self.mark_impure(upper, &parent, dir)?;
         let kept = Times::of(dir)?;
-        upper.work.place(&copy.name, dir, &place.name)?;
+        copy.place(&upper.work, dir, &place.name)?;
         kept.restore(dir)?;
         if let Some(entry) = names.listing.as_mut().and_then(|l| l.get_mut(&self.hasher, &place.name)) {
             entry.layer = UPPER;
@@ -72,6 +95,7 @@ impl Union {
         for (parent, _) in all {
             self.dir_up(parent)?;
         }
+        copy.enter_work(&upper.work)?;
         let group: OsString = self.note_group(&upper.work, &copy.name, all)?;
         let placed = self.place_group(upper, node, &group, copy, lower, all);
         match placed {
