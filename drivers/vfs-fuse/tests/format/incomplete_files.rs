@@ -60,6 +60,30 @@ fn the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed() {
     complete(&layers);
 }
 
+/// A mount that trusts `user.` xattrs alone does not know what the file is made of.
+#[test]
+fn an_incomplete_file_is_refused_where_its_header_does_not_count() {
+    needs!("an_incomplete_file_is_refused_where_its_header_does_not_count");
+    for version in [1, 2] {
+        let (mut layers, _) = incomplete();
+        if version == 1 {
+            to_version_1(&layers.upper.join("dir/big"));
+        }
+        for how in ["as the upper", "as a lower"] {
+            let mounted = layers.mount(&["userxattr"]);
+            let refused = |result: std::io::Result<()>| {
+                let e = result.expect_err("shown without what was changed");
+                assert_eq!(e.raw_os_error(), Some(Errno::IO.raw_os_error()), "{how}, version {version}: {e}");
+            };
+            refused(fs::read(mounted.path().join("dir/big")).map(drop));
+            refused(fs::OpenOptions::new().append(true).open(mounted.path().join("dir/big")).map(drop));
+            assert!(fs::read(mounted.path().join("dir/meta")).unwrap() == pattern(MIB));
+            mounted.unmount();
+            layers = push(layers);
+        }
+    }
+}
+
 /// They are read, written, given names and completed as they were, and the kernel refuses them.
 #[test]
 fn incomplete_files_of_version_1_are_what_they_were() {

@@ -26,7 +26,7 @@ fn layers(root: &Path, prefix: &str) -> Config {
             lower: identity,
             limit: 100_000,
             upper: UpperIdentity::of(file.as_fd()).unwrap(),
-            ino: Some(1000 + layer as u64),
+            ino: Some(1000 + layer),
         };
         prepare(file.as_fd(), prefix, &header).unwrap();
         let lower = File::open(lower_path).unwrap();
