@@ -8,14 +8,14 @@ const FILES: u64 = 2000;
 const MODE: u32 = 0o640;
 
 /// The filesystem stops at once, with nothing more written to the disk, and its journal is replayed: what has its name has
-/// its header, its size and its new mode, and nothing is left in the work directory.
+/// its header, its size and its new mode, and nothing is left in the work directory. Without ext4's fast_commit, with which
+/// Linux 6.18 damages the filesystem itself, whether names are linked or moved.
 #[test]
 fn a_power_cut_leaves_no_name_without_its_header() {
     in_private_namespace("union::tests::power::a_power_cut_leaves_no_name_without_its_header", || {
         for (mkfs, options) in [
             ("mkfs.ext4 -q -F", ""),
             ("mkfs.ext4 -q -F", "commit=1"),
-            ("mkfs.ext4 -q -F -O fast_commit", ""),
             ("mkfs.ext4 -q -F -O orphan_file", ""),
             ("mkfs.xfs -q -f", ""),
         ] {
@@ -80,7 +80,7 @@ fn copy_up_until_it_fails(union: &Union) {
     }
 }
 
-/// What others sync takes what is done so far to the disk, at any moment, by fast commits too.
+/// What others sync takes what is done so far to the disk, at any moment.
 fn sync_until_it_fails(directory: &Path) {
     for n in 0.. {
         let synced = fs::File::create(directory.join(n.to_string()))
