@@ -372,7 +372,7 @@ impl ExtentFile {
 
     /// Nothing of the lower file shows any more: removes what makes it an extent file.
     pub(super) fn become_plain(&self, state: &mut State) -> Result<()> {
-        guard::unprepare(self.upper.as_fd(), &self.prefix)?;
+        guard::unprepare(self.upper.as_fd(), &self.prefix, state.header.ino)?;
         state.header.limit = 0;
         state.limit = 0;
         state.map = Map::empty();

@@ -1,17 +1,21 @@
-//! The xattr that makes a sparse file of the upper layer an extent file. FORMAT.md describes it for others.
+//! What makes a sparse file of the upper layer an extent file. FORMAT.md describes it for others.
 
 use rustix::{
-    fs::{AtFlags, StatxFlags},
+    fs::{AtFlags, Statx, StatxFlags},
     io::{Errno, Result},
 };
 use std::os::fd::BorrowedFd;
 
-/// Name of the header's xattr below the overlay prefix.
-pub const XATTR: &str = "vfs.extent";
+/// Name of the header's xattr below the overlay prefix. It is the kernel's own mark of a file without data, so that one
+/// xattr is the header and a guard.
+pub const XATTR: &str = "metacopy";
+/// The same for a header of version 1.
+pub const XATTR_1: &str = "vfs.extent";
 
 const MAGIC: [u8; 4] = *b"GDXF";
-const VERSION: u8 = 1;
-const FIXED: usize = 64;
+/// How long a header of each version is before the path.
+const FIXED_1: usize = 64;
+const FIXED_2: usize = 72;
 /// What the kernel allows the value of any xattr (XATTR_SIZE_MAX).
 const LARGEST: usize = 65536;
 
@@ -39,10 +43,14 @@ impl UpperIdentity {
     /// That of an open file.
     pub fn of(file: BorrowedFd<'_>) -> Result<UpperIdentity> {
         let wanted = StatxFlags::INO | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted)?;
+        rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, wanted).map(|stat| UpperIdentity::in_stat(&stat))
+    }
+
+    /// That of a file which was asked for its number and birth.
+    pub fn in_stat(stat: &Statx) -> UpperIdentity {
         let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
         let birth = if has_birth { (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec) } else { (0, 0) };
-        Ok(UpperIdentity { ino: stat.stx_ino, birth })
+        UpperIdentity { ino: stat.stx_ino, birth }
     }
 }
 
@@ -59,18 +67,44 @@ pub struct Header {
     pub limit: u64,
     /// The extent file's own identity: a copy of it has another.
     pub upper: UpperIdentity,
+    /// The inode number that the file is shown with. `None`: the header is of version 1, beside which it has an xattr.
+    pub ino: Option<u64>,
 }
 
 impl Header {
+    /// The name of its xattr below the overlay prefix.
+    pub fn xattr(&self) -> &'static str {
+        if self.ino.is_some() { XATTR } else { XATTR_1 }
+    }
+
+    /// The bytes of the header of a file that is asked by `get` for xattrs below the overlay prefix, if it has one.
+    pub fn find(get: impl Fn(&str) -> Result<Option<Vec<u8>>>) -> Result<Option<Vec<u8>>> {
+        let version = |value: &[u8]| value.strip_prefix(&MAGIC).and_then(|rest| rest.first().copied());
+        match get(XATTR)? {
+            Some(value) if version(&value).is_some_and(|v| v != 1) => return Ok(Some(value)),
+            _ => {}
+        }
+        match get(XATTR_1)? {
+            Some(value) if version(&value) == Some(2) => Err(Errno::IO),
+            other => Ok(other),
+        }
+    }
+
+    /// The number that a file is shown with, of the value of its [`XATTR`]; `None`: that has none, or is no header at all.
+    pub fn shown_number(value: &[u8]) -> Option<u64> {
+        Header::decode(value).ok()?.ino
+    }
+
     /// The xattr's value. Fails with `E2BIG` if no xattr could hold it, `EINVAL` if it could not be decoded again.
     pub fn encode(&self) -> Result<Vec<u8>> {
         self.check().map_err(|_| Errno::INVAL)?;
-        if FIXED + self.path.len() > LARGEST {
+        let (version, fixed) = if self.ino.is_some() { (2, FIXED_2) } else { (1, FIXED_1) };
+        if fixed + self.path.len() > LARGEST {
             return Err(Errno::TOOBIG);
         }
-        let mut v = Vec::with_capacity(FIXED + self.path.len());
+        let mut v = Vec::with_capacity(fixed + self.path.len());
         v.extend_from_slice(&MAGIC);
-        v.extend_from_slice(&[VERSION, 0]);
+        v.extend_from_slice(&[version, 0]);
         v.extend_from_slice(&self.layer_from_bottom.to_le_bytes());
         v.extend_from_slice(&self.limit.to_le_bytes());
         v.extend_from_slice(&self.lower.size.to_le_bytes());
@@ -80,6 +114,7 @@ impl Header {
         v.extend_from_slice(&self.lower.ino.to_le_bytes());
         v.extend_from_slice(&self.upper.ino.to_le_bytes());
         v.extend_from_slice(&self.upper.birth.0.to_le_bytes());
+        v.extend(self.ino.iter().flat_map(|ino| ino.to_le_bytes()));
         v.extend_from_slice(&self.path);
         Ok(v)
     }
@@ -89,10 +124,12 @@ impl Header {
         if value.len() < 6 || value[..4] != MAGIC {
             return Err(Errno::IO);
         }
-        if value[4] != VERSION {
-            return Err(Errno::OPNOTSUPP);
-        }
-        if value.len() > LARGEST || value.len() <= FIXED || value[5] != 0 {
+        let fixed = match value[4] {
+            1 => FIXED_1,
+            2 => FIXED_2,
+            _ => return Err(Errno::OPNOTSUPP),
+        };
+        if value.len() > LARGEST || value.len() <= fixed || value[5] != 0 {
             return Err(Errno::IO);
         }
         let u64_at = |at: usize| u64::from_le_bytes(field(value, at));
@@ -104,7 +141,8 @@ impl Header {
             limit: u64_at(8),
             lower: LowerIdentity { size: u64_at(16), mtime: time_at(24, 32), ino: u64_at(40) },
             upper: UpperIdentity { ino: u64_at(48), birth: time_at(56, 36) },
-            path: value[FIXED..].to_vec(),
+            ino: (fixed == FIXED_2).then(|| u64_at(FIXED_1)),
+            path: value[fixed..].to_vec(),
         };
         header.check()?;
         Ok(header)

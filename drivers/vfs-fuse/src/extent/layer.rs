@@ -1,6 +1,6 @@
 //! Completion of a whole upper layer that nobody has mounted.
 
-use super::{ExtentFile, Header, Unit, XATTR, probe};
+use super::{ExtentFile, Header, Unit, probe};
 use crate::config::Config;
 use graphdriver_core::{Context, Error, ErrorKind, OverlayXattrs, Result};
 use rustix::{
@@ -176,14 +176,16 @@ impl Walk<'_> {
 const NO_SURPRISES: OFlags = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 fn header_of(file: BorrowedFd<'_>, prefix: &str) -> rustix::io::Result<Option<Vec<u8>>> {
-    let mut value = vec![0; 65536];
-    match rustix::fs::fgetxattr(file, format!("{prefix}{XATTR}"), &mut value[..]) {
-        Ok(length) => {
-            value.truncate(length);
-            Ok(Some(value))
+    Header::find(|name| {
+        let mut value = vec![0; 65536];
+        match rustix::fs::fgetxattr(file, format!("{prefix}{name}"), &mut value[..]) {
+            Ok(length) => {
+                value.truncate(length);
+                Ok(Some(value))
+            }
+            // Without the right to see `trusted.`, and on filesystems without `user.`.
+            Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
+            Err(e) => Err(e),
         }
-        // Without the right to see `trusted.`, and on filesystems without `user.`.
-        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
-        Err(e) => Err(e),
-    }
+    })
 }

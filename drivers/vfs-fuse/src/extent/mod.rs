@@ -16,10 +16,10 @@ mod resize;
 
 pub use file::ExtentFile;
 pub use guard::{prepare, unprepare};
-pub use header::{Header, LowerIdentity, UpperIdentity, XATTR};
+pub use header::{Header, LowerIdentity, UpperIdentity, XATTR, XATTR_1};
 pub(crate) use layer::INCOMPAT;
 pub use layer::{Completed, complete_layer};
 pub use probe::{Unit, probe};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

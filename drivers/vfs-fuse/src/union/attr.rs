@@ -17,9 +17,9 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-const ACL_ACCESS: &str = "system.posix_acl_access";
+pub(super) const ACL_ACCESS: &str = "system.posix_acl_access";
 const ACL_DEFAULT: &str = "system.posix_acl_default";
-const CAPABILITY: &str = "security.capability";
+pub(super) const CAPABILITY: &str = "security.capability";
 const SELINUX: &str = "security.selinux";
 
 impl Union {
@@ -144,7 +144,9 @@ impl Union {
             return self.attr_of_node(&node);
         }
         if owned || timed {
-            self.copy_up(&node, Change::Metadata)?;
+            if let Some((stat, owner)) = self.copy_up_changed(&node, set)? {
+                return Ok(self.attr_of(&node, UPPER, &stat, self.overrides[UPPER as usize].shown(owner), false));
+            }
             let open = self.open_extents(&node);
             self.with_to_change(&node, |object, _| {
                 if owned {
@@ -177,24 +179,29 @@ impl Union {
 
     fn set_owner(&self, object: Object<'_>, kind: u32, set: &SetAttr) -> Result<()> {
         let overrides = &self.overrides[UPPER as usize];
-        let uid = set.uid.map(|u| overrides.to_disk_uid(u)).transpose()?;
-        let gid = set.gid.map(|g| overrides.to_disk_gid(g)).transpose()?;
         if !overrides.can_hold(kind) {
+            let uid = set.uid.map(|u| overrides.to_disk_uid(u)).transpose()?;
+            let gid = set.gid.map(|g| overrides.to_disk_gid(g)).transpose()?;
             if uid.is_some() || gid.is_some() {
                 chown(object, uid, gid)?;
             }
             return set.mode.map_or(Ok(()), |mode| chmod(object, kind, mode));
         }
         let stat = super::layer::stat(object.dir, object.name)?;
-        let mut owner = self.stored(UPPER, &stat, object)?;
-        let chowned = uid.is_some() || gid.is_some();
+        self.store(object, self.changed(self.stored(UPPER, &stat, object)?, set)?)
+    }
+
+    /// What chown(2) and chmod(2) make of a stored owner.
+    pub(super) fn changed(&self, mut owner: Owner, set: &SetAttr) -> Result<Owner> {
+        let overrides = &self.overrides[UPPER as usize];
+        let chowned = set.uid.is_some() || set.gid.is_some();
         if chowned && owner.mode & libc::S_IFMT != libc::S_IFDIR {
             owner.mode &= !without_privileges(owner.mode);
         }
-        owner.uid = uid.unwrap_or(owner.uid);
-        owner.gid = gid.unwrap_or(owner.gid);
+        owner.uid = set.uid.map_or(Ok(owner.uid), |u| overrides.to_disk_uid(u))?;
+        owner.gid = set.gid.map_or(Ok(owner.gid), |g| overrides.to_disk_gid(g))?;
         owner.mode = set.mode.map_or(owner.mode, |m| owner.mode & libc::S_IFMT | m & 0o7777);
-        self.store(object, owner)
+        Ok(owner)
     }
 
     /// Writes the owner's xattr.
@@ -325,6 +332,11 @@ pub(super) fn chmod(object: Object<'_>, kind: u32, mode: u32) -> Result<()> {
     }
     let mode = Mode::from_raw_mode(mode & 0o7777);
     if object.name.is_empty() {
+        match rustix::fs::fchmod(object.dir, mode) {
+            // Opened with O_PATH.
+            Err(Errno::BADF) => {}
+            done => return done,
+        }
         return rustix::fs::chmodat(CWD, proc_path(object.dir, object.name), mode, AtFlags::empty());
     }
     rustix::fs::chmodat(object.dir, object.name, mode, AtFlags::empty())
@@ -363,9 +375,12 @@ fn blocks(place: &mut Place, stat: &Statx) -> u64 {
 
 pub(super) fn utimens(object: Object<'_>, atime: Timespec, mtime: Timespec) -> Result<()> {
     let times = Timestamps { last_access: atime, last_modification: mtime };
-    if object.name.is_empty() {
-        let path = proc_path(object.dir, object.name);
-        return rustix::fs::utimensat(CWD, path, &times, AtFlags::empty());
+    if !object.name.is_empty() {
+        return rustix::fs::utimensat(object.dir, object.name, &times, AtFlags::SYMLINK_NOFOLLOW);
     }
-    rustix::fs::utimensat(object.dir, object.name, &times, AtFlags::SYMLINK_NOFOLLOW)
+    match rustix::fs::utimensat(object.dir, "", &times, AtFlags::EMPTY_PATH) {
+        // Before Linux 5.8.
+        Err(Errno::INVAL) => rustix::fs::utimensat(CWD, proc_path(object.dir, object.name), &times, AtFlags::empty()),
+        other => other,
+    }
 }

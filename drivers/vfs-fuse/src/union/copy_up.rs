@@ -6,8 +6,8 @@ mod place;
 pub(super) use fill::Cost;
 
 use super::{
-    Union,
-    attr::{chmod, chown, utimens},
+    SetAttr, Union,
+    attr::{ACL_ACCESS, CAPABILITY, chmod, chown, utimens},
     data::{Data, Inner, open_lower},
     dirs::{join, kind_of},
     layer,
@@ -18,17 +18,17 @@ use super::{
 };
 use crate::{
     config::{Completion, CopyUp},
-    extent::{self, Header, Unit},
+    extent::{Header, Unit},
 };
 use parking_lot::{Condvar, Mutex};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{FileType, Mode, OFlags, Statx, Timespec, XattrFlags},
+    fs::{FileType, Mode, OFlags, Statx, StatxTimestamp, Timespec, XattrFlags},
     io::{Errno, Result},
 };
 use std::{
     collections::HashSet,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     os::unix::ffi::OsStrExt,
     sync::{Arc, atomic::Ordering},
 };
@@ -69,6 +69,20 @@ impl Drop for Turn<'_> {
     }
 }
 
+/// A copy in the making.
+struct Copy {
+    /// In the work directory; if it is nameless, one that it may have there.
+    name: OsString,
+    nameless: bool,
+    /// Of regular files.
+    file: Option<OwnedFd>,
+    /// If it is an extent file.
+    header: Option<Header>,
+    owner: Owner,
+    /// Whether the owner is what it is going to be changed to, not that of the lower file.
+    changed: bool,
+}
+
 /// The lower file.
 struct Lower {
     fd: OwnedFd,
@@ -99,39 +113,54 @@ impl Union {
         matches!(self.config.copy_up, CopyUp::Auto | CopyUp::Extent)
     }
 
+    /// Whether that is known, without waiting, to be so.
+    pub(super) fn knows_to_extent(&self) -> bool {
+        self.wants_extents() && self.upper.as_ref().is_some_and(Upper::knows_unit)
+    }
+
     pub(super) fn can_extent(&self) -> bool {
         self.wants_extents() && matches!(self.extent_unit(), Ok(Some(_)))
     }
 
     /// Gets the file into the upper layer, if it is not there yet.
     pub(super) fn copy_up(&self, node: &Arc<Node>, change: Change) -> Result<()> {
+        self.up(node, change, None).map(drop)
+    }
+
+    /// The same for a change of attributes, which is made before the copy gets its name if that can be: what the file is
+    /// then. `None`: it is there and still to be changed.
+    pub(super) fn copy_up_changed(&self, node: &Arc<Node>, set: &SetAttr) -> Result<Option<(Statx, Owner)>> {
+        let owner_alone = SetAttr { mode: set.mode, uid: set.uid, gid: set.gid, ..SetAttr::default() } == *set;
+        self.up(node, Change::Metadata, owner_alone.then_some(set))
+    }
+
+    fn up(&self, node: &Arc<Node>, change: Change, set: Option<&SetAttr>) -> Result<Option<(Statx, Owner)>> {
         let upper = self.upper()?;
         if node.dir.is_some() {
-            return self.dir_up(node);
+            return self.dir_up(node).map(|()| None);
         }
         if self.is_up(node, change) {
-            return Ok(());
+            return Ok(None);
         }
         let _turn = self.turns.take(node);
         if self.is_up(node, change) {
-            return Ok(());
+            return Ok(None);
         }
         if node.place.lock().layer == UPPER {
-            return self.fill_metacopy(node);
+            return self.fill_metacopy(node).map(|()| None);
         }
         let parent = node.place.lock().parent.clone();
         if let Some(parent) = parent {
             self.dir_up(&parent)?;
         }
-        self.file_up(upper, node, change)
+        self.file_up(upper, node, change, set)
     }
 
     /// The same for a file that is going to have another name. One that the kernel's overlay left without data finds that
     /// by its present name, so it has to get it first.
     pub(super) fn up_for_a_name(&self, node: &Arc<Node>) -> Result<()> {
         self.copy_up(node, Change::Metadata)?;
-        let header = format!("{}{}", self.marks.prefix, extent::XATTR);
-        if node.place.lock().composed && self.with(node, |object, _| object.get(&header))?.is_none() {
+        if node.place.lock().composed && self.with(node, |object, _| self.header(object))?.is_none() {
             self.copy_up(node, Change::Data { keep: u64::MAX })?;
         }
         Ok(())
@@ -232,23 +261,16 @@ impl Union {
     ) -> Result<()> {
         rustix::fs::mkdirat(&work.dir, temporary, Mode::from_raw_mode(0o700))?;
         let object = Object { dir: work.dir.as_fd(), name: temporary };
-        self.dress(object, source, stat, owner)
-    }
-
-    /// Gives a new file the attributes of another one.
-    fn dress(&self, object: Object<'_>, source: Object<'_>, stat: &Statx, owner: Owner) -> Result<()> {
-        self.dress_owner(object, owner)?;
-        self.copy_xattrs(object, source)?;
-        let time = |t: rustix::fs::StatxTimestamp| Timespec { tv_sec: t.tv_sec, tv_nsec: t.tv_nsec.into() };
+        self.dress_owner(object, &layer::stat(object.dir, object.name)?, owner)?;
+        self.copy_xattrs(object, source, &source.list()?)?;
         utimens(object, time(stat.stx_atime), time(stat.stx_mtime))
     }
 
-    /// Gives a new file its owner and mode, whether they go into the inode or an xattr.
-    pub(super) fn dress_owner(&self, object: Object<'_>, owner: Owner) -> Result<()> {
+    /// Gives a new file, which is `disk` now, its owner and mode, whether they go into the inode or an xattr.
+    pub(super) fn dress_owner(&self, object: Object<'_>, disk: &Statx, owner: Owner) -> Result<()> {
         let overrides = &self.overrides[UPPER as usize];
-        let disk = layer::stat(object.dir, object.name)?;
         if overrides.can_hold(disk.stx_mode.into()) {
-            chmod(object, kind_of(&disk), overrides.disk_mode(disk.stx_mode.into()))?;
+            chmod(object, kind_of(disk), overrides.disk_mode(disk.stx_mode.into()))?;
             return self.store(object, owner);
         }
         let foreign = (disk.stx_uid, disk.stx_gid) != (owner.uid, owner.gid);
@@ -258,11 +280,12 @@ impl Union {
         // chown(2) takes set-user-id and set-group-id away.
         let same = u32::from(disk.stx_mode) & 0o7777 == owner.mode & 0o7777;
         let right = same && (!foreign || owner.mode & (libc::S_ISUID | libc::S_ISGID) == 0);
-        if right || kind_of(&disk) == libc::S_IFLNK { Ok(()) } else { chmod(object, kind_of(&disk), owner.mode) }
+        if right || kind_of(disk) == libc::S_IFLNK { Ok(()) } else { chmod(object, kind_of(disk), owner.mode) }
     }
 
-    fn copy_xattrs(&self, object: Object<'_>, source: Object<'_>) -> Result<()> {
-        for name in names(&source.list()?) {
+    /// Copies those of a list, but for the format's own.
+    fn copy_xattrs(&self, object: Object<'_>, source: Object<'_>, list: &[u8]) -> Result<()> {
+        for name in names(list) {
             let attr = OsStr::from_bytes(name);
             if marks::to_user(name).is_none() || overrides::is_reserved(attr) {
                 continue;
@@ -298,10 +321,8 @@ impl Union {
             false => None,
         };
         let (fd, stat, owner, layer) = self.with(node, |object, layer| {
-            let stat = layer::stat(object.dir, object.name)?;
-            let owner = self.stored(layer, &stat, object)?;
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let fd = match (kind_of(&stat), object.name.is_empty()) {
+            let fd = match (node.kind, object.name.is_empty()) {
                 (libc::S_IFREG, false) => open_lower(object.dir, object.name)?,
                 (libc::S_IFREG, true) => {
                     let path = marks::proc_path(object.dir, object.name);
@@ -310,70 +331,111 @@ impl Union {
                 (_, false) => rustix::fs::openat(object.dir, object.name, flags, Mode::empty())?,
                 (_, true) => rustix::io::dup(object.dir)?,
             };
+            let object = Object { dir: fd.as_fd(), name: OsStr::new("") };
+            let stat = layer::stat(object.dir, object.name)?;
+            if kind_of(&stat) != node.kind {
+                return Err(Errno::STALE);
+            }
+            let owner = self.stored(layer, &stat, object)?;
             Ok((fd, Box::new(stat), owner, layer))
         })?;
         Ok(Lower { fd, stat, owner, layer, data, path })
     }
 
-    fn file_up(&self, upper: &Upper, node: &Arc<Node>, change: Change) -> Result<()> {
+    fn file_up(
+        &self,
+        upper: &Upper,
+        node: &Arc<Node>,
+        change: Change,
+        set: Option<&SetAttr>,
+    ) -> Result<Option<(Statx, Owner)>> {
         let lower = self.lower(node)?;
-        let temporary = upper.work.name();
-        let made = self.make_copy(upper, node, &lower, &temporary, change).and_then(|filled| {
-            if filled.is_some() {
+        let name = upper.work.name();
+        let made = self.make_copy(upper, node, &lower, &name, change, set).and_then(|copy| {
+            if copy.header.is_some() {
                 node.place.lock().more().lower_blocks = lower.stat.stx_blocks;
             }
             let own = node.place.lock().own_name();
             match (lower.stat.stx_nlink > 1).then(|| self.names_of(node, own.clone())).transpose()?.as_deref() {
-                None | Some([_]) if own.is_some() => self.place_one(upper, node, &temporary, filled, lower),
-                None | Some([]) => self.place_nameless(upper, node, &temporary, filled, lower),
-                Some(names) => self.place_all(upper, node, &temporary, filled, lower, names),
+                None | Some([_]) if own.is_some() => self.place_one(upper, node, &copy, lower)?,
+                None | Some([]) => self.place_nameless(upper, node, &copy, lower)?,
+                Some(names) => self.place_all(upper, node, &copy, lower, names)?,
+            }
+            match copy.file.filter(|_| copy.changed) {
+                Some(file) => layer::stat(file.as_fd(), OsStr::new("")).map(|stat| Some((stat, copy.owner))),
+                None => Ok(None),
             }
         });
         match made {
-            Err(_) => upper.work.destroy(&temporary)?,
-            Ok(()) if self.config.completion != Completion::AtCommit => self.completion.push(node),
-            Ok(()) => {}
+            Err(_) => upper.work.destroy(&name)?,
+            Ok(_) if self.config.completion != Completion::AtCommit => self.completion.push(node),
+            Ok(_) => {}
         }
         made
     }
 
-    /// Makes the copy in the work directory. Returns the header, if it is an extent file.
+    /// Makes the copy in the work directory, with its attributes changed if that is possible at once.
     fn make_copy(
         &self,
         upper: &Upper,
         node: &Node,
         lower: &Lower,
-        temporary: &OsStr,
+        name: &OsStr,
         change: Change,
-    ) -> Result<Option<Header>> {
-        let work = &upper.work;
-        let kind = kind_of(&lower.stat);
-        let mut header = None;
-        match kind {
-            libc::S_IFREG => {
-                // Nobody else gets into the work directory, so it may have its mode at once.
-                let file = work.make_file(temporary, lower.owner.mode & 0o777 | 0o600)?;
-                header = self.fill(upper, &file, lower, change)?;
-            }
-            libc::S_IFLNK => {
-                let target = rustix::fs::readlinkat(&lower.fd, "", Vec::new())?;
-                rustix::fs::symlinkat(target, &work.dir, temporary)?;
-            }
-            _ => {
-                let device = rustix::fs::makedev(lower.stat.stx_rdev_major, lower.stat.stx_rdev_minor);
-                rustix::fs::mknodat(&work.dir, temporary, FileType::from_raw_mode(kind), Mode::RUSR, device)?;
-            }
-        }
-        let object = Object { dir: work.dir.as_fd(), name: temporary };
+        set: Option<&SetAttr>,
+    ) -> Result<Copy> {
         let source = Object { dir: lower.fd.as_fd(), name: OsStr::new("") };
-        self.dress(object, source, &lower.stat, lower.owner)?;
-        if upper.xattrs {
+        let list = source.list()?;
+        // A change of the mode is one of the ACL too, and one of the owner takes capabilities away.
+        let entangled = |name: &[u8]| name == ACL_ACCESS.as_bytes() || name == CAPABILITY.as_bytes();
+        let set = set.filter(|_| node.is_regular() && !names(&list).any(entangled));
+        let owner = set.map_or(Ok(lower.owner), |set| self.changed(lower.owner, set))?;
+        let changed = set.is_some();
+        let mut copy = Copy { name: name.into(), nameless: false, file: None, header: None, owner, changed };
+        if node.is_regular() {
+            // Nobody else gets to it, so it may have its mode at once.
+            let mode = owner.mode & 0o777 | 0o600;
+            copy.file = upper.work.make_nameless(mode)?;
+            copy.nameless = copy.file.is_some();
+            if !copy.nameless {
+                copy.file = Some(upper.work.make_file(name, mode)?);
+            }
+        } else {
+            self.make_special(upper, lower, name)?;
+        }
+        let object = match &copy.file {
+            Some(file) => Object { dir: file.as_fd(), name: OsStr::new("") },
+            None => Object { dir: upper.work.dir.as_fd(), name },
+        };
+        let disk = layer::stat_with_birth(object.dir, object.name)?;
+        if let Some(file) = &copy.file {
+            copy.header = self.fill(upper, (file, &disk), (lower, node.ino), change)?;
+        }
+        if upper.xattrs && copy.header.is_none() {
             let ino = object.set(&self.marks.name("vfs.ino"), &node.ino.to_le_bytes(), XattrFlags::empty());
             // `user.` xattrs are for files and directories only: other types get a new number at the next mount.
             ino.or_else(|e| if e == Errno::PERM || e == Errno::OPNOTSUPP { Ok(()) } else { Err(e) })?;
         }
-        Ok(header)
+        self.dress_owner(object, &disk, owner)?;
+        self.copy_xattrs(object, source, &list)?;
+        utimens(object, time(lower.stat.stx_atime), time(lower.stat.stx_mtime))?;
+        Ok(copy)
     }
+
+    /// Makes what is no regular file.
+    fn make_special(&self, upper: &Upper, lower: &Lower, name: &OsStr) -> Result<()> {
+        let dir = &upper.work.dir;
+        if kind_of(&lower.stat) == libc::S_IFLNK {
+            let target = rustix::fs::readlinkat(&lower.fd, "", Vec::new())?;
+            return rustix::fs::symlinkat(target, dir, name);
+        }
+        let device = rustix::fs::makedev(lower.stat.stx_rdev_major, lower.stat.stx_rdev_minor);
+        rustix::fs::mknodat(dir, name, FileType::from_raw_mode(kind_of(&lower.stat)), Mode::RUSR, device)
+    }
+}
+
+fn time(t: StatxTimestamp) -> Timespec {
+    Timespec { tv_sec: t.tv_sec, tv_nsec: t.tv_nsec.into() }
 }
 
 /// A directory's times, which putting a copy into it must not change.
@@ -382,7 +444,6 @@ pub(super) struct Times(Timespec, Timespec);
 impl Times {
     pub fn of(dir: BorrowedFd<'_>) -> Result<Times> {
         let stat = layer::stat(dir, OsStr::new(""))?;
-        let time = |t: rustix::fs::StatxTimestamp| Timespec { tv_sec: t.tv_sec, tv_nsec: t.tv_nsec.into() };
         Ok(Times(time(stat.stx_atime), time(stat.stx_mtime)))
     }
 

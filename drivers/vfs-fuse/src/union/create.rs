@@ -234,11 +234,11 @@ impl Union {
 
     /// Returns what it is in the end.
     fn own(&self, object: Object<'_>, owner: Owner, disk_mode: u32, elsewhere: bool) -> Result<Box<Statx>> {
+        let stat = Box::new(layer::stat(object.dir, object.name)?);
         if self.overrides[UPPER as usize].can_hold(disk_mode) {
-            self.dress_owner(object, owner)?;
+            self.dress_owner(object, &stat, owner)?;
             return layer::stat(object.dir, object.name).map(Box::new);
         }
-        let stat = Box::new(layer::stat(object.dir, object.name)?);
         let foreign = (stat.stx_uid, stat.stx_gid) != (owner.uid, owner.gid);
         if foreign {
             chown(object, Some(owner.uid), Some(owner.gid))?;

@@ -228,7 +228,7 @@ impl Union {
     /// A file whose data is, in part or whole, that of a lower one.
     fn open_composed(&self, object: Object<'_>, place: &Place, write: bool) -> Result<Inner> {
         let prefix = self.marks.prefix;
-        let Some(header) = object.get(&format!("{prefix}{}", extent::XATTR))? else {
+        let Some(header) = self.header(object)? else {
             if !super::lookup::has_data_mark(&object.list()?) {
                 // Truncated or overwritten as a whole, which made it a plain file; of a lower layer, completed meanwhile by
                 // the daemon that has it for writing and is about to end.
@@ -250,6 +250,11 @@ impl Union {
         })?;
         let upper = if writable { open_upper(object, write)? } else { reopen(object, READ)? };
         Ok(Inner::Extent(Arc::new(ExtentFile::open(upper, lower, header, prefix, unit, writable)?)))
+    }
+
+    /// The header, undecoded, of what may be an extent file.
+    pub(super) fn header(&self, object: Object<'_>) -> Result<Option<Vec<u8>>> {
+        extent::Header::find(|name| object.get(&format!("{}{name}", self.marks.prefix)))
     }
 
     /// A file of a layer by its path from there.
@@ -274,9 +279,12 @@ impl Union {
     /// of the same name or at the path of its redirect.
     fn open_metacopy(&self, object: Object<'_>, place: &Place) -> Result<Inner> {
         let prefix = self.marks.prefix;
-        if object.get(&format!("{prefix}metacopy"))?.is_none() {
+        match object.get(&format!("{prefix}metacopy"))? {
             // The mark is in a namespace that proves nothing here: whoever wrote it can make the file whole.
-            return Err(Errno::IO);
+            None => return Err(Errno::IO),
+            // A version that no kernel writes: an extent file whose header does not count here.
+            Some(value) if value.first().is_some_and(|version| *version != 0) => return Err(Errno::IO),
+            Some(_) => {}
         }
         let redirect = object.get(&format!("{prefix}redirect"))?;
         let parent = place.parent.as_ref().ok_or(Errno::IO)?;
@@ -309,7 +317,10 @@ impl Union {
     pub fn is_slow(&self, id: u64) -> bool {
         self.table.get(id).is_ok_and(|node| {
             let lower = node.is_regular() && node.place.lock().layer != UPPER;
-            lower && self.attr_of_node(&node).is_ok_and(|a| a.size > 1 << 20) && !self.can_extent()
+            lower
+                && !self.knows_to_extent()
+                && self.attr_of_node(&node).is_ok_and(|a| a.size > 1 << 20)
+                && !self.can_extent()
         })
     }
 

@@ -56,6 +56,12 @@ pub(super) fn stat(dir: BorrowedFd<'_>, name: &OsStr) -> Result<Statx> {
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS)
 }
 
+/// The same, and when it was made, where the filesystem tells.
+pub(super) fn stat_with_birth(dir: BorrowedFd<'_>, name: &OsStr) -> Result<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS | StatxFlags::BTIME)
+}
+
 /// Device number as one word.
 pub(super) fn device(stat: &Statx) -> u64 {
     rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor)

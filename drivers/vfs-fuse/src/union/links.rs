@@ -6,6 +6,7 @@ use super::{
     node::{Node, UPPER},
     work::{Work, entries},
 };
+use crate::extent;
 use rustix::{
     fd::{AsFd, BorrowedFd},
     fs::{AtFlags, Mode, XattrFlags},
@@ -193,7 +194,8 @@ pub(super) fn finish_groups(work: &Work, upper: BorrowedFd<'_>) -> Result<()> {
 /// In a directory without this mark nobody asks whether a file has its data elsewhere.
 fn mark_impure_for(file: Object<'_>, parent: BorrowedFd<'_>) -> Result<()> {
     for marks in [Marks::TRUSTED, Marks::USER] {
-        if file.get(&format!("{}vfs.ino", marks.prefix))?.is_some() {
+        let has = |mark: &str| Ok(file.get(&format!("{}{mark}", marks.prefix))?.is_some());
+        if has("vfs.ino")? || has(extent::XATTR)? {
             let parent = Object { dir: parent, name: OsStr::new("") };
             parent.set(&marks.name("impure"), b"y", XattrFlags::empty())?;
         }

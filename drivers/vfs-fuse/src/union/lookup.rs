@@ -8,6 +8,7 @@ use super::{
     marks::{self, Object, names},
     node::{Dir, EXTRA_ID, Fds, Names, Node, Opened, Place, ROOT_ID, UPPER},
 };
+use crate::extent::{self, Header};
 use parking_lot::RwLockReadGuard;
 use rustix::{
     fd::AsFd,
@@ -168,12 +169,18 @@ impl Union {
         let list = object.list()?;
         let own = self.marks.prefix.as_bytes();
         for name in names(&list) {
-            if found.layer == UPPER && name.strip_prefix(own) == Some(b"vfs.ino") {
-                let value = object.get(&format!("{}vfs.ino", self.marks.prefix))?;
-                let ino = value.and_then(|v| <[u8; 8]>::try_from(&*v).ok()).map(u64::from_le_bytes);
-                // What the kernel cannot take as a number is damage.
-                found.ino = ino.filter(|ino| *ino > ROOT_ID && *ino < EXTRA_ID).unwrap_or(found.ino);
-            }
+            let ino = match name.strip_prefix(own).filter(|_| found.layer == UPPER) {
+                Some(b"vfs.ino") => {
+                    object.get(&format!("{}vfs.ino", self.marks.prefix))?.and_then(|v| v.try_into().ok())
+                }
+                Some(b"metacopy") => object
+                    .get(&format!("{}metacopy", self.marks.prefix))?
+                    .and_then(|v| Header::shown_number(&v).map(u64::to_le_bytes)),
+                _ => None,
+            };
+            // What the kernel cannot take as a number is damage.
+            found.ino =
+                ino.map(u64::from_le_bytes).filter(|ino| *ino > ROOT_ID && *ino < EXTRA_ID).unwrap_or(found.ino);
         }
         found.composed = has_data_mark(&list);
         Ok(())
@@ -416,6 +423,6 @@ impl Union {
 pub(super) fn has_data_mark(list: &[u8]) -> bool {
     names(list).any(|name| {
         let mark = name.strip_prefix(b"trusted.overlay.").or(name.strip_prefix(b"user.overlay."));
-        matches!(mark, Some(b"metacopy" | b"vfs.extent"))
+        [extent::XATTR, extent::XATTR_1].iter().any(|header| mark == Some(header.as_bytes()))
     })
 }

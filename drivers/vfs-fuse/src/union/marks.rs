@@ -44,6 +44,13 @@ impl Object<'_> {
         proc_path(self.dir, self.name)
     }
 
+    /// By the descriptor itself, which costs less than its path. `None`: it is not the object, or was opened with `O_PATH`,
+    /// by which the kernel tells of no xattrs.
+    fn by_descriptor<T>(&self, call: impl FnOnce(BorrowedFd<'_>) -> Result<T>) -> Option<Result<T>> {
+        let done = self.name.is_empty().then(|| call(self.dir))?;
+        (done.as_ref().err() != Some(&Errno::BADF)).then_some(done)
+    }
+
     /// The value; `None` if there is none, or can be none on this filesystem.
     pub fn get(&self, attr: &str) -> Result<Option<Vec<u8>>> {
         match self.read(OsStr::new(attr)) {
@@ -55,6 +62,9 @@ impl Object<'_> {
 
     /// The value, or the kernel's error.
     pub fn read(&self, attr: &OsStr) -> Result<Vec<u8>> {
+        if let Some(value) = self.by_descriptor(|fd| grow(|buffer| rustix::fs::fgetxattr(fd, attr, buffer))) {
+            return value;
+        }
         let path = self.path();
         grow(|buffer| {
             if self.name.is_empty() {
@@ -67,21 +77,26 @@ impl Object<'_> {
 
     /// All names, each ended by NUL; none where the filesystem has no xattrs.
     pub fn list(&self) -> Result<Vec<u8>> {
-        let path = self.path();
-        let list = grow(|buffer| {
-            if self.name.is_empty() {
-                rustix::fs::listxattr(&path, buffer)
-            } else {
-                rustix::fs::llistxattr(&path, buffer)
-            }
-        });
-        match list {
+        let by_path = || {
+            let path = self.path();
+            grow(|buffer| {
+                if self.name.is_empty() {
+                    rustix::fs::listxattr(&path, buffer)
+                } else {
+                    rustix::fs::llistxattr(&path, buffer)
+                }
+            })
+        };
+        match self.by_descriptor(|fd| grow(|buffer| rustix::fs::flistxattr(fd, buffer))).unwrap_or_else(by_path) {
             Err(Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS) => Ok(Vec::new()),
             other => other,
         }
     }
 
     pub fn set(&self, attr: &OsStr, value: &[u8], flags: XattrFlags) -> Result<()> {
+        if let Some(done) = self.by_descriptor(|fd| rustix::fs::fsetxattr(fd, attr, value, flags)) {
+            return done;
+        }
         if self.name.is_empty() {
             rustix::fs::setxattr(self.path(), attr, value, flags)
         } else {

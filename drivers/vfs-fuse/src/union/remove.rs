@@ -244,7 +244,8 @@ impl Union {
     fn dress_like(&self, upper: &Upper, fresh: &OsStr, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
         let source = marks::Object { dir, name };
         let owner = self.stored(UPPER, &layer::stat(dir, name)?, source)?;
-        self.dress_owner(marks::Object { dir: upper.work.dir.as_fd(), name: fresh }, owner)
+        let object = marks::Object { dir: upper.work.dir.as_fd(), name: fresh };
+        self.dress_owner(object, &layer::stat(object.dir, object.name)?, owner)
     }
 }
 

@@ -1,10 +1,10 @@
 //! Marks that somebody has made up or damaged.
 
 use crate::{
-    MIB, REDIRECT,
+    HEADER, MIB, REDIRECT,
     common::Layers,
     disk::{bash, filled, sh, snapshot},
-    incomplete, ours, pattern,
+    incomplete, ours, pattern, to_version_1,
 };
 use rustix::io::Errno;
 use std::{
@@ -140,14 +140,22 @@ fn walk_hostile(path: &Path, sentinel: &str, depth: usize, errors: &mut Vec<(Pat
 #[test]
 fn damaged_headers_are_refused() {
     needs!("damaged_headers_are_refused");
+    damaged(HEADER, |_| ());
+}
+
+#[test]
+fn damaged_headers_of_version_1_are_refused() {
+    needs!("damaged_headers_of_version_1_are_refused");
+    damaged("trusted.overlay.vfs.extent", to_version_1);
+}
+
+fn damaged(header: &str, prepare: impl Fn(&Path)) {
     let (layers, expected) = incomplete();
     let secret = layers.dir().join("secret");
     fs::write(&secret, vec![b's'; MIB]).unwrap();
     let file = layers.upper.join("dir/big");
-    let names: Vec<_> = xattr::list(&file).unwrap().filter(|n| n.to_str().unwrap().contains("overlay.vfs.")).collect();
-    let header =
-        names.iter().find(|n| n.to_str().unwrap().ends_with("vfs.extent")).expect("FORMAT.md names it").clone();
-    let genuine = xattr::get(&file, &header).unwrap().unwrap();
+    prepare(&file);
+    let genuine = xattr::get(&file, header).unwrap().expect("FORMAT.md names it");
     let mut damaged: Vec<Vec<u8>> = (0..genuine.len()).map(|n| genuine[..n].to_vec()).collect();
     damaged.push([&genuine[..], b"more"].concat());
     damaged.push(vec![0xff; genuine.len()]);
@@ -167,7 +175,7 @@ fn damaged_headers_are_refused() {
     }
     let original = fs::read(&file).unwrap();
     for (n, value) in damaged.iter().enumerate() {
-        xattr::set(&file, &header, value).unwrap();
+        xattr::set(&file, header, value).unwrap();
         let mounted = ours(&layers);
         match fs::read(mounted.path().join("dir/big")) {
             Ok(content) => assert!(content == expected, "damage {n} ({value:02x?}) shows something else"),
@@ -177,7 +185,7 @@ fn damaged_headers_are_refused() {
         mounted.unmount();
         assert!(fs::read(&file).unwrap() == original, "damage {n}: reading has changed the file");
     }
-    xattr::set(&file, &header, &genuine).unwrap();
+    xattr::set(&file, header, &genuine).unwrap();
     assert!(fs::read(ours(&layers).path().join("dir/big")).unwrap() == expected, "the genuine one is taken");
 }
 

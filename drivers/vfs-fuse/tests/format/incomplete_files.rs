@@ -5,10 +5,14 @@ use crate::{
     common::{Layers, Mounted, program},
     complete,
     disk::{push, sh},
-    incomplete, kernel, ours, pattern,
+    incomplete, kernel, ours, pattern, to_version_1,
 };
 use rustix::io::Errno;
-use std::{fs, process::Command};
+use std::{
+    fs,
+    os::unix::fs::{FileExt, MetadataExt},
+    process::Command,
+};
 
 #[test]
 fn the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed() {
@@ -50,13 +54,76 @@ fn the_kernel_refuses_what_is_incomplete_and_shows_it_once_completed() {
         assert!(fs::read(mounted.path().join("dir/big")).unwrap() == expected);
         mounted.unmount();
     }
-    let left = xattr::list(layers.upper.join("dir/big")).unwrap();
-    let left: Vec<_> = left
-        .filter(|name| ["extent", "metacopy", "redirect"].iter().any(|n| name.to_str().unwrap().contains(n)))
-        .collect();
-    assert!(left.is_empty(), "it is plain, but has {left:?}");
+    let left: Vec<_> = xattr::list(layers.upper.join("dir/big")).unwrap().collect();
+    assert_eq!(left, ["trusted.overlay.vfs.ino"], "it is plain");
     // To complete what is complete is nothing.
     complete(&layers);
+}
+
+/// A mount that trusts `user.` xattrs alone does not know what the file is made of.
+#[test]
+fn an_incomplete_file_is_refused_where_its_header_does_not_count() {
+    needs!("an_incomplete_file_is_refused_where_its_header_does_not_count");
+    for version in [1, 2] {
+        let (mut layers, _) = incomplete();
+        if version == 1 {
+            to_version_1(&layers.upper.join("dir/big"));
+        }
+        for how in ["as the upper", "as a lower"] {
+            let mounted = layers.mount(&["userxattr"]);
+            let refused = |result: std::io::Result<()>| {
+                let e = result.expect_err("shown without what was changed");
+                assert_eq!(e.raw_os_error(), Some(Errno::IO.raw_os_error()), "{how}, version {version}: {e}");
+            };
+            refused(fs::read(mounted.path().join("dir/big")).map(drop));
+            refused(fs::OpenOptions::new().append(true).open(mounted.path().join("dir/big")).map(drop));
+            assert!(fs::read(mounted.path().join("dir/meta")).unwrap() == pattern(MIB));
+            mounted.unmount();
+            layers = push(layers);
+        }
+    }
+}
+
+/// They are read, written, given names and completed as they were, and the kernel refuses them.
+#[test]
+fn incomplete_files_of_version_1_are_what_they_were() {
+    needs!("incomplete_files_of_version_1_are_what_they_were");
+    let (layers, mut expected) = incomplete();
+    let number = |mounted: &Mounted, name: &str| fs::metadata(mounted.path().join(name)).unwrap().ino();
+    let before = number(&ours(&layers), "dir/big");
+    to_version_1(&layers.upper.join("dir/big"));
+    fs::rename(layers.work.join("work/incompat"), layers.dir().join("incompat")).unwrap();
+    for options in [&["userxattr"][..], &["metacopy=off"], &["metacopy=on", "redirect_dir=on"]] {
+        let mounted = layers.mount_kernel(options);
+        fs::read(mounted.path().join("dir/big")).expect_err("the kernel shows an incomplete file");
+        mounted.unmount();
+    }
+    let mounted = ours(&layers);
+    let path = |name: &str| mounted.path().join(name);
+    assert_eq!(number(&mounted, "dir/big"), before);
+    assert!(fs::read(path("dir/big")).unwrap() == expected);
+    let file = fs::OpenOptions::new().write(true).open(path("dir/big")).unwrap();
+    file.write_all_at(b"once more", 500_000).unwrap();
+    // Which changes the header.
+    file.set_len(900_000).unwrap();
+    file.set_len(1_000_000).unwrap();
+    drop(file);
+    expected[500_000..500_009].copy_from_slice(b"once more");
+    expected[900_000..].fill(0);
+    expected.truncate(1_000_000);
+    fs::rename(path("dir/big"), path("moved")).unwrap();
+    fs::hard_link(path("moved"), path("linked")).unwrap();
+    mounted.unmount();
+    assert!(xattr::get(layers.upper.join("moved"), "trusted.overlay.vfs.extent").unwrap().is_some());
+    complete(&layers);
+    for mount in [&kernel(FOLLOW) as &dyn Fn(&Layers) -> Mounted, &ours] {
+        let mounted = mount(&layers);
+        assert!(fs::read(mounted.path().join("linked")).unwrap() == expected);
+        mounted.unmount();
+    }
+    assert_eq!(number(&ours(&layers), "moved"), before);
+    let left: Vec<_> = xattr::list(layers.upper.join("moved")).unwrap().collect();
+    assert_eq!(left, ["trusted.overlay.vfs.ino"]);
 }
 
 /// What copies the upper layer may have made data of the holes, or drop xattrs.

@@ -27,6 +27,7 @@ use common::{Layers, Mounted, program};
 use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
     process::Command,
 };
 
@@ -41,6 +42,8 @@ fn ours(layers: &Layers) -> Mounted {
 const FOLLOW: &[&str] = &["redirect_dir=follow", "metacopy=off", "index=off"];
 
 const REDIRECT: &str = "trusted.overlay.redirect";
+/// Of an incomplete file.
+const HEADER: &str = "trusted.overlay.metacopy";
 
 /// Runs `vfs-fuse --complete` on the layers.
 fn complete(layers: &Layers) {
@@ -73,4 +76,15 @@ fn incomplete() -> (Layers, Vec<u8>) {
     assert_eq!(upper.len(), MIB as u64);
     assert!(upper.blocks() * 512 <= 65536, "it was copied whole, so nothing is tested: {} blocks", upper.blocks());
     (layers, expected)
+}
+
+/// Makes an incomplete file what earlier versions made: the header apart from the guards, and an xattr for the number.
+fn to_version_1(file: &Path) {
+    let set = |name: &str, value: &[u8]| xattr::set(file, name, value).unwrap();
+    let value = xattr::get(file, HEADER).unwrap().expect("a header");
+    assert_eq!(value[4], 2);
+    set("trusted.overlay.vfs.extent", &[&value[..4], &[1], &value[5..64], &value[72..]].concat());
+    set("trusted.overlay.vfs.ino", &value[64..72]);
+    set(HEADER, &[0xff, 4, 0, 0]);
+    set("user.overlay.redirect", b"/.");
 }

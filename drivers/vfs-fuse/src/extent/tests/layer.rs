@@ -26,6 +26,7 @@ fn layers(root: &Path, prefix: &str) -> Config {
             lower: identity,
             limit: 100_000,
             upper: UpperIdentity::of(file.as_fd()).unwrap(),
+            ino: Some(1000 + layer),
         };
         prepare(file.as_fd(), prefix, &header).unwrap();
         let lower = File::open(lower_path).unwrap();
@@ -55,14 +56,14 @@ fn completes_all_extent_files_and_nothing_else() {
     assert_eq!(done.files, 3);
     assert_eq!(done.bytes, 3 * (100_000 - 4096));
     assert_eq!(before, ["d/a", "d/e/moved", "plain"].map(times));
-    for (name, seed) in [("d/a", 5), ("d/e/moved", 6), ("c", 5), ("d/link", 5)] {
+    for (name, seed, ino) in [("d/a", 5, 1000u64), ("d/e/moved", 6, 1001), ("c", 5, 1000), ("d/link", 5, 1000)] {
         let mut expected = pattern(seed, 100_000);
         expected[50_000..50_007].copy_from_slice(b"changed");
         assert!(std::fs::read(upper.join(name)).unwrap() == expected, "{name}");
-        assert_eq!(
-            xattr::list(upper.join(name)).unwrap().filter(|n| n.to_string_lossy().contains("overlay")).count(),
-            0
-        );
+        let left: Vec<_> = xattr::list(upper.join(name)).unwrap().collect();
+        let left: Vec<_> = left.iter().filter(|n| n.to_string_lossy().contains("overlay")).collect();
+        assert_eq!(left, [&format!("{PREFIX}vfs.ino")[..]], "{name}");
+        assert_eq!(xattr::get(upper.join(name), left[0]).unwrap().unwrap(), ino.to_le_bytes(), "{name}");
     }
     assert_eq!(complete_layer(&config).unwrap(), Completed::default());
 }

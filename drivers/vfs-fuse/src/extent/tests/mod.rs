@@ -22,6 +22,8 @@ use std::{
 };
 
 pub(super) const PREFIX: &str = "user.overlay.";
+/// What extent files are shown with.
+const INO: u64 = 4711;
 
 /// A lower file and an extent file of it, in a directory.
 pub(super) struct Pair {
@@ -49,6 +51,7 @@ impl Pair {
             },
             limit: lower.size(),
             upper: UpperIdentity::of(upper.as_fd()).unwrap(),
+            ino: Some(INO),
         };
         prepare(upper.as_fd(), PREFIX, &header)
     }
@@ -75,7 +78,7 @@ pub(super) fn directory(at: Option<&Path>) -> tempfile::TempDir {
 }
 
 /// Bytes of which no two neighbouring places are alike.
-pub(super) fn pattern(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, length: usize) -> Vec<u8> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         x ^= x << 13;
@@ -109,13 +112,13 @@ pub(super) fn neither(now: &[u8], old: &[u8], new: &[u8]) -> Option<usize> {
 }
 
 /// How many random cases to try: `GRAPHDRIVER_PROPTEST_CASES`, or what takes a few seconds.
-pub(super) fn cases(default: u64) -> u64 {
+pub(crate) fn cases(default: u64) -> u64 {
     std::env::var("GRAPHDRIVER_PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
 }
 
 /// Runs `body` in this test binary started again by `unshare -m`, so that no mount outlives it, however it ends. `name` is
 /// the test's full name. Without the right to do so the test is skipped, and says so.
-pub(super) fn in_private_namespace(name: &str, body: impl FnOnce()) {
+pub(crate) fn in_private_namespace(name: &str, body: impl FnOnce()) {
     if std::env::var("EXTENT_TEST_INNER").is_ok_and(|inner| inner == name) {
         return body();
     }
@@ -134,13 +137,13 @@ pub(super) fn in_private_namespace(name: &str, body: impl FnOnce()) {
 }
 
 /// Runs a command that must succeed.
-pub(super) fn must(command: &str) {
+pub(crate) fn must(command: &str) {
     let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A filesystem on a loop device, for as long as this lives.
-pub(super) struct Disk {
+pub(crate) struct Disk {
     directory: tempfile::TempDir,
     options: String,
 }

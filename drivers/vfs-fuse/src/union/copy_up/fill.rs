@@ -15,7 +15,7 @@ use crate::{
 };
 use rustix::{
     fd::{AsFd, OwnedFd},
-    fs::{Mode, OFlags},
+    fs::{Mode, OFlags, Statx},
     io::{Errno, Result},
 };
 use std::{
@@ -61,7 +61,13 @@ const WORTH_A_WHOLE_FILE: u64 = 2_000_000;
 
 impl Union {
     /// Gives the new file its data, by the cheapest way that is allowed.
-    pub(super) fn fill(&self, upper: &Upper, file: &OwnedFd, lower: &Lower, change: Change) -> Result<Option<Header>> {
+    pub(super) fn fill(
+        &self,
+        upper: &Upper,
+        (file, stat): (&OwnedFd, &Statx),
+        (lower, ino): (&Lower, u64),
+        change: Change,
+    ) -> Result<Option<Header>> {
         let size = lower.stat.stx_size;
         let keep = if let Change::Data { keep } = change { keep.min(size) } else { size };
         if keep == 0 {
@@ -75,7 +81,7 @@ impl Union {
         }
         if self.prefers_extents(change, keep)
             && self.can_extent()
-            && let Some(header) = self.prepare_extents(upper, file, lower)?
+            && let Some(header) = self.prepare_extents(upper, (file, stat), (lower, ino))?
         {
             return Ok(Some(header));
         }
@@ -94,7 +100,12 @@ impl Union {
         self.config.copy_up == CopyUp::Extent || change == Change::Metadata || self.cost.of(keep) > WORTH_A_WHOLE_FILE
     }
 
-    fn prepare_extents(&self, upper: &Upper, file: &OwnedFd, lower: &Lower) -> Result<Option<Header>> {
+    fn prepare_extents(
+        &self,
+        upper: &Upper,
+        (file, stat): (&OwnedFd, &Statx),
+        (lower, ino): (&Lower, u64),
+    ) -> Result<Option<Header>> {
         let (Some(path), Some(_)) = (&lower.path, upper.unit()?) else { return Ok(None) };
         let header = Header {
             layer_from_bottom: self.lowers.len() as u16 - lower.layer,
@@ -105,14 +116,15 @@ impl Union {
                 ino: lower.stat.stx_ino,
             },
             limit: lower.stat.stx_size,
-            upper: extent::UpperIdentity::of(file.as_fd())?,
+            upper: extent::UpperIdentity::in_stat(stat),
+            ino: Some(ino),
         };
         upper.note_incomplete()?;
         match extent::prepare(file.as_fd(), self.marks.prefix, &header) {
             Ok(()) => Ok(Some(header)),
             // The path does not fit into an xattr.
             Err(Errno::NOSPC | Errno::TOOBIG | Errno::RANGE | Errno::OPNOTSUPP) => {
-                extent::unprepare(file.as_fd(), self.marks.prefix)?;
+                extent::unprepare(file.as_fd(), self.marks.prefix, None)?;
                 rustix::fs::ftruncate(file, 0)?;
                 Ok(None)
             }

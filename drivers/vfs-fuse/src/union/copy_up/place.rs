@@ -1,6 +1,6 @@
 //! The way of a copy from the work directory to its name, or to all of its names at once.
 
-use super::{Lower, Times};
+use super::{Copy, Lower, Times};
 use crate::{
     extent::{ExtentFile, Header},
     union::{
@@ -11,67 +11,76 @@ use crate::{
         links::{INODE, Name},
         marks::Object,
         node::{Node, Place, UPPER},
-        work::Upper,
+        work::{Upper, Work, link_nameless},
     },
 };
 use rustix::{
     fd::{AsFd, BorrowedFd},
     fs::{AtFlags, Mode, OFlags, XattrFlags},
-    io::Result,
+    io::{Errno, Result},
 };
 use std::{
     ffi::{OsStr, OsString},
     sync::{Arc, atomic::Ordering},
 };
 
+impl Copy {
+    /// Gives it its name in the work directory, if it has none yet.
+    fn enter_work(&self, work: &Work) -> Result<()> {
+        match &self.file {
+            Some(file) if self.nameless => link_nameless(file.as_fd(), work.dir.as_fd(), &self.name),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives it its name, over a file that is there.
+    fn place(&self, work: &Work, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        match &self.file {
+            Some(file) if self.nameless => match link_nameless(file.as_fd(), dir, name) {
+                Err(Errno::EXIST) => self.enter_work(work)?,
+                done => return done,
+            },
+            _ => {}
+        }
+        work.place(&self.name, dir, name)
+    }
+}
+
 impl Union {
     /// The copy of a file that has lost its last name stays nameless.
-    pub(super) fn place_nameless(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-    ) -> Result<()> {
+    pub(super) fn place_nameless(&self, upper: &Upper, node: &Arc<Node>, copy: &Copy, lower: Lower) -> Result<()> {
+        copy.enter_work(&upper.work)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&upper.work.dir, temporary, flags, Mode::empty())?;
+        let fd = rustix::fs::openat(&upper.work.dir, &copy.name, flags, Mode::empty())?;
         let mut place = node.place.lock();
-        let inner = self.opened(&place, upper.work.dir.as_fd(), temporary, header.as_ref(), lower)?;
-        rustix::fs::unlinkat(&upper.work.dir, temporary, AtFlags::empty())?;
+        let inner = self.opened(&place, upper.work.dir.as_fd(), &copy.name, copy.header.as_ref(), lower)?;
+        rustix::fs::unlinkat(&upper.work.dir, &copy.name, AtFlags::empty())?;
         place.more().nameless = Some(Arc::new(fd));
-        self.arrived(&mut place, header.is_some(), inner);
+        self.arrived(&mut place, copy.header.is_some(), inner);
         Ok(())
     }
 
-    pub(super) fn place_one(
-        &self,
-        upper: &Upper,
-        node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
-        lower: Lower,
-    ) -> Result<()> {
+    pub(super) fn place_one(&self, upper: &Upper, node: &Arc<Node>, copy: &Copy, lower: Lower) -> Result<()> {
         let parent = node.place.lock().parent.clone();
-        let Some(parent) = parent else { return self.place_nameless(upper, node, temporary, header, lower) };
+        let Some(parent) = parent else { return self.place_nameless(upper, node, copy, lower) };
         let mut names = parent.dir()?.names.write();
         let fds = self.fds(&parent)?;
         let mut place = node.place.lock();
         if !place.parent.as_ref().is_some_and(|p| Arc::ptr_eq(p, &parent)) {
             drop((place, names));
-            return self.place_nameless(upper, node, temporary, header, lower);
+            return self.place_nameless(upper, node, copy, lower);
         }
         let dir = fds.upper()?;
         self.mark_impure(upper, &parent, dir)?;
         let kept = Times::of(dir)?;
-        upper.work.place(temporary, dir, &place.name)?;
+        copy.place(&upper.work, dir, &place.name)?;
         kept.restore(dir)?;
         if let Some(entry) = names.listing.as_mut().and_then(|l| l.get_mut(&self.hasher, &place.name)) {
             entry.layer = UPPER;
         }
         let name = place.name.clone();
-        let inner = self.opened(&place, dir, &name, header.as_ref(), lower)?;
-        self.arrived(&mut place, header.is_some(), inner);
+        let inner = self.opened(&place, dir, &name, copy.header.as_ref(), lower)?;
+        self.arrived(&mut place, copy.header.is_some(), inner);
         Ok(())
     }
 
@@ -79,16 +88,16 @@ impl Union {
         &self,
         upper: &Upper,
         node: &Arc<Node>,
-        temporary: &OsStr,
-        header: Option<Header>,
+        copy: &Copy,
         lower: Lower,
         all: &[Name],
     ) -> Result<()> {
         for (parent, _) in all {
             self.dir_up(parent)?;
         }
-        let group: OsString = self.note_group(&upper.work, temporary, all)?;
-        let placed = self.place_group(upper, node, &group, header, lower, all);
+        copy.enter_work(&upper.work)?;
+        let group: OsString = self.note_group(&upper.work, &copy.name, all)?;
+        let placed = self.place_group(upper, node, &group, copy, lower, all);
         match placed {
             // What is left of the group gives the other names the file at the next mount; until then the node does.
             Ok(false) => Ok(()),
@@ -137,7 +146,7 @@ impl Union {
         upper: &Upper,
         node: &Arc<Node>,
         group: &OsStr,
-        header: Option<Header>,
+        copy: &Copy,
         lower: Lower,
         all: &[Name],
     ) -> Result<bool> {
@@ -155,13 +164,13 @@ impl Union {
         if let (0, Some(e)) = (placed, failed) {
             return Err(e);
         }
-        let inner = self.opened(&place, from.as_fd(), OsStr::new(INODE), header.as_ref(), lower)?;
+        let inner = self.opened(&place, from.as_fd(), OsStr::new(INODE), copy.header.as_ref(), lower)?;
         // The name it is reached by may be one of those that failed.
         if place.parent.is_none() || failed.is_some() {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             place.more().nameless = Some(Arc::new(rustix::fs::openat(&from, INODE, flags, Mode::empty())?));
         }
-        self.arrived(&mut place, header.is_some(), inner);
+        self.arrived(&mut place, copy.header.is_some(), inner);
         Ok(failed.is_none())
     }
 

@@ -4,6 +4,7 @@ mod content;
 mod directories;
 mod names;
 mod nodes;
+mod power;
 
 use super::*;
 use crate::config::CopyUp;

@@ -1,6 +1,7 @@
 //! Nodes: what the kernel knows by their numbers, and how long they are held.
 
 use super::*;
+use std::os::unix::fs::PermissionsExt;
 
 #[test]
 fn a_renewed_node_is_forgotten_under_both_ids() {
@@ -117,4 +118,54 @@ fn a_lower_fifo_that_is_moved_is_the_same_to_who_knew_it() {
     let attr = union.setattr(fifo.id, &set, ROOT).unwrap();
     assert_eq!(attr.mode, libc::S_IFIFO | 0o600);
     assert_eq!(union.at("b/other").unwrap().attr.mode, libc::S_IFIFO | 0o600);
+}
+
+/// A change of mode or owner is made before the copy gets its name, with what it would come to after that.
+#[test]
+fn attributes_changed_by_a_copy_up_are_as_changed_after_it() {
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, perm, id) in [(1u16, 6u16, !0u32), (2, 6, 7), (4, 4, !0), (16, 6, !0), (32, 4, !0)] {
+        acl.extend([&tag.to_le_bytes()[..], &perm.to_le_bytes(), &id.to_le_bytes()].concat());
+    }
+    let capability = [0x0200_0001u32, 1, 0, 0, 0].map(u32::to_le_bytes).concat();
+    let xattrs = [("user.plain", b"x".to_vec()), ("system.posix_acl_access", acl), ("security.capability", capability)];
+    let none = SetAttr::default();
+    let sets = [
+        SetAttr { mode: Some(0o604), ..none },
+        SetAttr { mode: Some(0o7777), ..none },
+        SetAttr { uid: Some(1), ..none },
+        SetAttr { gid: Some(2), ..none },
+        SetAttr { uid: Some(1), gid: Some(2), mode: Some(0o4750), ..none },
+    ];
+    let modes = [0o444, 0o644, 0o6755, 0o2745, 0o1777];
+    let layers = Layers::new(1);
+    let each = |call: &mut dyn FnMut(&SetAttr, u32, usize, String)| {
+        for (n, set) in sets.iter().enumerate() {
+            for mode in modes {
+                (0..xattrs.len()).for_each(|x| call(set, mode, x, format!("{n} {mode:o} {}", xattrs[x].0)));
+            }
+        }
+    };
+    each(&mut |_, mode, x, name| {
+        for when in ["at once", "later"] {
+            let path = format!("l1/{when} {name}");
+            layers.write(&path, b"content");
+            xattr::set(layers.path(&path), xattrs[x].0, &xattrs[x].1).unwrap();
+            fs::set_permissions(layers.path(&path), fs::Permissions::from_mode(mode)).unwrap();
+        }
+    });
+    let union = layers.open();
+    each(&mut |set, _, _, name| {
+        let (now, later) = (format!("at once {name}"), format!("later {name}"));
+        let touched = SetAttr { atime: Some(None), ..none };
+        union.setattr(union.at(&later).unwrap().id, &touched, ROOT).unwrap();
+        let [now, later] = [now, later].map(|path| {
+            let id = union.at(&path).unwrap().id;
+            let told = union.setattr(id, set, ROOT).unwrap();
+            assert_eq!(union.getattr(id).unwrap(), told, "{path}");
+            let values = xattrs.each_ref().map(|(xattr, _)| union.getxattr(id, OsStr::new(xattr)));
+            (told.mode, told.uid, told.gid, values)
+        });
+        assert_eq!(now, later, "{name}");
+    });
 }
