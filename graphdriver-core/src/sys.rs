@@ -35,6 +35,26 @@ pub(crate) fn mount_setattr(
         propagation: 0,
         userns_fd: userns.map_or(0, |fd| fd.as_raw_fd() as u64),
     };
+    set_attributes(mount, recursive, &attr)
+}
+
+/// `mount_setattr(2)` on a mount by descriptor: makes it private, and gives it of these restrictions `attrs` and no others:
+/// read-only, nosuid, nodev, noexec.
+pub(crate) fn mount_separate(mount: BorrowedFd<'_>, attrs: MountAttrFlags) -> Result<()> {
+    let restrictions = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let attr = libc::mount_attr {
+        attr_set: (attrs & restrictions).bits().into(),
+        attr_clr: (restrictions - attrs).bits().into(),
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    set_attributes(mount, false, &attr)
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, recursive: bool, attr: &libc::mount_attr) -> Result<()> {
     let at = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string and `attr` a whole `mount_attr` of the size given; both outlive the call, and
     // the kernel only reads them. The descriptors are open, as they are borrowed.
@@ -44,7 +64,7 @@ pub(crate) fn mount_setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             at,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };

@@ -455,6 +455,7 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         let (program, options) = (mounts[0].r#type.strip_prefix("fuse3.").unwrap(), mounts[0].options.join(","));
         system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
         let begun = Instant::now();
+        system("mount", &["--make-shared", target]);
         // The same filesystem once more, and no second daemon.
         let again = s.mounts("work").unwrap();
         assert!(again[0].options.iter().any(|option| option == "join"), "{again:?}");
@@ -466,6 +467,16 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         assert_eq!(fs::read_to_string(Path::new(target).join("file")).unwrap(), "text");
         let devices = [Path::new(target), &second].map(|dir| fs::metadata(dir).unwrap().dev());
         assert_eq!(devices[0], devices[1]);
+        // What is mounted below one does not show below the other.
+        fs::create_dir(second.join("sub")).unwrap();
+        system("mount", &["-t", "tmpfs", "none", second.join("sub").to_str().unwrap()]);
+        fs::write(second.join("sub/hidden"), "").unwrap();
+        assert!(!Path::new(target).join("sub/hidden").exists());
+        system("umount", &[second.join("sub").to_str().unwrap()]);
+        system("umount", &[second.to_str().unwrap()]);
+        let joined = format!("{joined},ro");
+        system("mount.fuse3", &[&again[0].source, second.to_str().unwrap(), "-o", &joined, "-t", program]);
+        assert_eq!(fs::write(second.join("file"), "").unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
         system("umount", &[second.to_str().unwrap()]);
         refused(s.commit("done", "work"), Code::FailedPrecondition);
         assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
@@ -487,8 +498,10 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
 fn layers_are_unpacked_past_fuse() {
     on(&here("layers_are_unpacked_past_fuse"), On::VfsFuse, |s| {
         s.layer("base", "", |dir| {
-            fs::create_dir(dir.join("dir")).unwrap();
-            fs::write(dir.join("dir/below"), "below").unwrap();
+            for name in ["dir", "kept"] {
+                fs::create_dir(dir.join(name)).unwrap();
+                fs::write(dir.join(name).join("below"), "below").unwrap();
+            }
             fs::write(dir.join("gone"), "gone").unwrap();
         });
         let option = |mounts: &[types::Mount], name: &str| {
@@ -506,6 +519,15 @@ fn layers_are_unpacked_past_fuse() {
             fs::create_dir(format!("{upper}/dir")).unwrap();
             system("setfattr", &["-n", "trusted.overlay.opaque", "-v", "y", &format!("{upper}/dir")]);
             fs::write(format!("{upper}/dir/new"), "new").unwrap();
+            // What a tar says in the other namespace, and in fuse-overlayfs's, is nothing of ours.
+            fs::create_dir(format!("{upper}/kept")).unwrap();
+            for name in ["user.overlay.opaque", "user.fuseoverlayfs.opaque"] {
+                system("setfattr", &["-n", name, "-v", "y", &format!("{upper}/kept")]);
+            }
+            fs::write(format!("{upper}/marked"), "marked").unwrap();
+            for name in ["user.overlay.metacopy", "user.overlay.redirect", "user.overlay.whiteout", "user.other"] {
+                system("setfattr", &["-n", name, "-v", "y", &format!("{upper}/marked")]);
+            }
             // What somebody sees who does.
             assert_eq!(fs::read_dir(Tree::of(&mounts).path().join("dir")).unwrap().count(), 1);
             let name = format!("next-{n}");
@@ -515,6 +537,14 @@ fn layers_are_unpacked_past_fuse() {
             let tree = Tree::of(&view);
             assert!(!tree.path().join("gone").exists() && !tree.path().join("dir/below").exists());
             assert_eq!(fs::read_to_string(tree.path().join("dir/new")).unwrap(), "new");
+            assert_eq!(fs::read_to_string(tree.path().join("kept/below")).unwrap(), "below");
+            assert_eq!(fs::read_to_string(tree.path().join("marked")).unwrap(), "marked");
+            let mut names: Vec<_> = xattr::list(tree.path().join("marked")).unwrap().collect();
+            names.sort();
+            assert_eq!(
+                names,
+                ["user.other", "user.overlay.metacopy", "user.overlay.redirect", "user.overlay.whiteout"]
+            );
         }
         for key in ["default/8/box", "default/9/not-extract-1", "extract"] {
             let mounts = s.prepare(key, "base").unwrap();

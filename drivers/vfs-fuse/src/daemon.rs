@@ -3,15 +3,18 @@
 use crate::{
     config::Config,
     fuse::{Session, Target, Unmounter},
-    join::joined,
-    options::{MountOptions, Parsed, unescape},
+    join::{announce, joined},
+    options::{MountOptions, Parsed},
     sys,
     union::Union,
 };
-use graphdriver_core::{Context, Error, ErrorKind, Result, mount::attach};
+use graphdriver_core::{
+    Context, Error, ErrorKind, Result,
+    mount::{attach, table},
+};
 use rustix::{
     fs::{Mode, OFlags, fstat, major, minor, open, stat},
-    mount::{UnmountFlags, unmount},
+    mount::{MountAttrFlags, UnmountFlags, unmount},
     process::{Resource, Rlimit, WaitOptions, getrlimit, setrlimit, setsid, umask, wait},
     thread::{CapabilitySet, capabilities, set_capabilities},
 };
@@ -20,13 +23,9 @@ use signal_hook::{
     iterator::Signals,
 };
 use std::{
-    ffi::OsStr,
     fs::File,
     io::{PipeReader, PipeWriter, Read, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
@@ -96,11 +95,13 @@ impl Place {
 impl Place {
     /// Shows the filesystem of the daemon that has the layer already; false if there is none.
     fn join(&self, config: &Config, options: &MountOptions) -> Result<bool> {
-        let (Some(path), Some(upper)) = (&self.path, &config.upper) else { return Ok(false) };
-        if options.fsname == MountOptions::default().fsname {
-            return Ok(false);
-        }
-        let Some(mount) = joined(upper, OsStr::new(&options.fsname))? else { return Ok(false) };
+        let (Some(path), Some(upper), Some(work)) = (&self.path, &config.upper, &config.work) else { return Ok(false) };
+        let mut attributes = MountAttrFlags::empty();
+        attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, options.read_only);
+        attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, !options.suid);
+        attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, !options.dev);
+        attributes.set(MountAttrFlags::MOUNT_ATTR_NOEXEC, !options.exec);
+        let Some(mount) = joined(upper, work, attributes)? else { return Ok(false) };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let target = open(path, flags, Mode::empty()).doing(|| format!("opening {}", path.display()))?;
         attach(mount.as_fd(), target.as_fd()).map(|()| true)
@@ -135,9 +136,14 @@ fn keep_to_limits() -> Result<()> {
 fn serve(config: Config, options: &MountOptions, place: Place, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     // Before the mount is there: a signal in between must not leave it behind.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).doing(|| "setting up signals")?;
+    let work = config.work.clone();
     let union = Union::open(config)?;
     let session = Session::start(union, place.target, options)?;
-    let mounted = place.path.and_then(|path| Mounted::find(path.as_os_str().as_bytes()));
+    let mounted = place.path.and_then(|path| Mounted::find(&path));
+    if let (Some(mounted), Some(work)) = (&mounted, work) {
+        // Without it nobody joins the mount, which is no reason to have none.
+        announce(&work, mounted.dev).unwrap_or_else(|error| tracing::warn!(%error, "no second mount will be possible"));
+    }
     let unmounter = session.unmounter();
     let thread = thread::Builder::new().name("signals".into());
     thread.spawn(|| end_at_signal(signals, unmounter, mounted)).doing(|| "starting a thread")?;
@@ -152,41 +158,47 @@ fn end_at_signal(mut signals: Signals, unmounter: Unmounter, mounted: Option<Mou
     tracing::debug!(signal, "unmounting");
     if let Err(error) = unmounter.unmount() {
         tracing::warn!(%error, "unmounting; detaching instead");
-        mounted.inspect(Mounted::detach);
+        mounted.as_ref().inspect(|mounted| mounted.detach());
     }
     let end = Instant::now() + GRACE;
     while Instant::now() < end && signals.pending().next().is_none() {
         thread::sleep(Duration::from_millis(50));
     }
     tracing::warn!("ending while the mount is still in use");
+    mounted.inspect(Mounted::detach_all);
     std::process::exit(1);
 }
 
 /// A mount that can be told from others on the same directory.
 #[derive(PartialEq)]
 struct Mounted {
-    path: Vec<u8>,
-    id: Vec<u8>,
+    path: PathBuf,
+    id: u64,
+    dev: (u32, u32),
 }
 
 impl Mounted {
     /// The topmost on this directory. Without a look at the directory itself, which might wait for this very process.
-    fn find(path: &[u8]) -> Option<Self> {
-        let table = std::fs::read("/proc/self/mountinfo").ok()?;
-        let mut mounts = table.split(|&b| b == b'\n').filter_map(|line| {
-            let mut fields = line.split(|&b| b == b' ');
-            Some((fields.next()?, fields.nth(3)?))
-        });
-        let id = mounts.rfind(|(_, at)| unescape(at) == path)?.0;
-        Some(Mounted { path: path.into(), id: id.into() })
+    fn find(path: &Path) -> Option<Self> {
+        let entry = table().ok()?.into_iter().rfind(|entry| entry.mount_point == path)?;
+        Some(Mounted { path: path.into(), id: entry.id, dev: entry.dev })
     }
 
     /// Takes it out of the tree, whoever uses it.
     fn detach(&self) {
         if Mounted::find(&self.path).as_ref() != Some(self) {
             tracing::warn!("something else is mounted there");
-        } else if let Err(error) = unmount(&self.path[..], UnmountFlags::DETACH) {
+        } else if let Err(error) = unmount(&self.path, UnmountFlags::DETACH) {
             tracing::warn!(%error, "detaching");
+        }
+    }
+
+    /// The same with every mount of the filesystem in this mount namespace: nobody answers any more.
+    fn detach_all(&self) {
+        for entry in table().unwrap_or_default().into_iter().filter(|entry| entry.dev == self.dev) {
+            if let Err(error) = unmount(&entry.mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                tracing::warn!(%error, "detaching");
+            }
         }
     }
 }

@@ -10,10 +10,9 @@ use graphdriver_core::{
 };
 use rustix::{
     fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx},
-    process::getuid,
+    mount::MountAttrFlags,
 };
 use std::{
-    ffi::OsStr,
     os::{
         fd::{AsFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -22,12 +21,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A detached mount of the filesystem that the daemon of the layer `upper` serves; `None` if the layer has no daemon, so that
-/// it is the caller's to mount.
+/// In the work directory, `MAJOR:MINOR`: the device number of the mount that whoever has the layer serves.
+const DEVICE: &str = "vfs-fuse/device";
+
+/// Tells [`joined`] which filesystem is this layer's. The caller serves it.
+pub fn announce(work: &Path, (major, minor): (u32, u32)) -> Result<()> {
+    let path = work.join(DEVICE);
+    std::fs::write(&path, format!("{major}:{minor}\n")).doing(|| format!("writing {}", path.display()))
+}
+
+/// A detached mount of the filesystem that the daemon of the layer `upper` serves, with these attributes and no others;
+/// `None` if the layer has no daemon, so that it is the caller's to mount.
 ///
-/// It is known by its source, which has to be the layer's alone, among the mounts that this user has made and this mount
-/// namespace shows. Fails with `Busy` if it is none of these.
-pub fn joined(upper: &Path, source: &OsStr) -> Result<Option<OwnedFd>> {
+/// Fails with `Busy` if this mount namespace does not show it. What its daemon announced counts, which only those can write
+/// who can write the layer.
+pub fn joined(upper: &Path, work: &Path, attributes: MountAttrFlags) -> Result<Option<OwnedFd>> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let busy = match claim::claim(upper, Duration::ZERO) {
@@ -35,11 +43,13 @@ pub fn joined(upper: &Path, source: &OsStr) -> Result<Option<OwnedFd>> {
             Err(busy) if busy.kind() == ErrorKind::Busy => busy,
             Err(e) => return Err(e),
         };
-        for entry in mount::table()?.iter().filter(|entry| is_ours(entry, source)) {
-            match clone_of(entry) {
-                Ok(mount) => return Ok(Some(mount)),
-                // It may just have been unmounted, or be hidden below another one.
-                Err(e) => tracing::debug!(at = %entry.mount_point.display(), "not joined: {e}"),
+        if let Some(dev) = announced(work) {
+            for entry in mount::table()?.iter().filter(|entry| is_whole(entry, dev)) {
+                match clone_of(entry).and_then(|mount| mount::separate(mount.as_fd(), attributes).map(|()| mount)) {
+                    Ok(mount) => return Ok(Some(mount)),
+                    // It may just have been unmounted, or be hidden below another one.
+                    Err(e) => tracing::debug!(at = %entry.mount_point.display(), "not joined: {e}"),
+                }
             }
         }
         // The daemon may be just starting, or just ending.
@@ -50,14 +60,14 @@ pub fn joined(upper: &Path, source: &OsStr) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Anybody may let fusermount3 mount something with any source: whose it is says the kernel.
-fn is_ours(entry: &MountInfo, source: &OsStr) -> bool {
-    let user = format!("user_id={}", getuid().as_raw());
-    let mut options = entry.super_options.as_bytes().split(|byte| *byte == b',');
-    entry.source == source
-        && entry.fstype.as_bytes().starts_with(b"fuse")
-        && entry.root == Path::new("/")
-        && options.any(|option| option == user.as_bytes())
+fn announced(work: &Path) -> Option<(u32, u32)> {
+    let text = std::fs::read_to_string(work.join(DEVICE)).ok()?;
+    let (major, minor) = text.strip_suffix('\n')?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+fn is_whole(entry: &MountInfo, dev: (u32, u32)) -> bool {
+    entry.dev == dev && entry.fstype.as_bytes().starts_with(b"fuse") && entry.root == Path::new("/")
 }
 
 /// What is mounted there now may be another.
@@ -79,25 +89,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn others_mounts_with_the_same_source_are_not_ours() {
-        let own = getuid().as_raw();
-        let entry = |fstype: &str, root: &str, options: &str| MountInfo {
-            id: 2,
-            parent: 1,
-            dev: (0, 99),
-            root: root.into(),
-            mount_point: "/mnt".into(),
-            fstype: fstype.into(),
-            source: "graphdriver:/d:3".into(),
-            options: "rw".into(),
-            super_options: options.into(),
-        };
-        let (ours, other) = (format!("rw,user_id={own},group_id=0"), format!("rw,user_id={},group_id=0", own + 1));
-        let source = OsStr::new("graphdriver:/d:3");
-        assert!(is_ours(&entry("fuse.vfs-fuse", "/", &ours), source));
-        assert!(!is_ours(&entry("fuse.vfs-fuse", "/", &ours), OsStr::new("graphdriver:/d:33")));
-        assert!(!is_ours(&entry("fuse.vfs-fuse", "/", &other), source));
-        assert!(!is_ours(&entry("fuse.vfs-fuse", "/dir", &ours), source));
-        assert!(!is_ours(&entry("overlay", "/", &ours), source));
+    fn what_is_announced_is_read_and_nothing_else() {
+        let work = tempfile::tempdir().unwrap();
+        assert_eq!(announced(work.path()), None);
+        std::fs::create_dir(work.path().join("vfs-fuse")).unwrap();
+        announce(work.path(), (0, 99)).unwrap();
+        assert_eq!(announced(work.path()), Some((0, 99)));
+        for odd in ["", "0:99", "0\n", "0:x\n", "0:1:2\n"] {
+            std::fs::write(work.path().join(DEVICE), odd).unwrap();
+            assert_eq!(announced(work.path()), None, "{odd:?}");
+        }
     }
 }

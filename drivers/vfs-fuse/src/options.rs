@@ -46,8 +46,7 @@ pub struct MountOptions {
     pub dirsync: bool,
     /// fusermount3 unmounts when the daemon dies.
     pub auto_unmount: bool,
-    /// If a daemon has the upper layer already, its filesystem is shown once more: [`crate::join`]. Without effect where
-    /// [`fsname`](Self::fsname) is what all mounts have that were given none.
+    /// If a daemon has the upper layer already, its filesystem is shown once more: [`crate::join`].
     pub join: bool,
     /// What is mounted, in `/proc/mounts`.
     pub fsname: String,

@@ -75,6 +75,7 @@ fn executable(path: PathBuf) -> Option<PathBuf> {
 }
 
 pub(super) fn mount(name: &str, step: &Mount) -> Result<OwnedFd> {
+    refuse_in_use(step)?;
     let program = fuse_program(name)?;
     let device = fuse_device()?;
     let root = connect(name, device.as_fd(), step)?;
@@ -84,6 +85,17 @@ pub(super) fn mount(name: &str, step: &Mount) -> Result<OwnedFd> {
     program.wait_until_ready()?;
     wait_for_answer(&root).doing(|| "asking the new filesystem for the first time")?;
     Ok(root)
+}
+
+/// A program that is given a mount cannot show the one that is there: the option `join` says that there is one.
+fn refuse_in_use(step: &Mount) -> Result<()> {
+    if !step.options.iter().any(|option| option == "join") {
+        return Ok(());
+    }
+    let upper = step.options.iter().find_map(|option| option.strip_prefix("upperdir=")).unwrap_or("the layer");
+    let why = format!("a vfs-fuse has {upper} mounted");
+    let hint = format!("unmount it, in every mount namespace; `fuser -v {upper}` shows the process");
+    Err(Error::new(ErrorKind::Busy, why).hint(hint))
 }
 
 /// The kernel's side: a filesystem whose requests go to `device`.

@@ -78,6 +78,13 @@ pub fn clone_of(dir: BorrowedFd<'_>) -> Result<OwnedFd> {
     clone_tree(dir, false)
 }
 
+/// Makes a detached mount one of its own: what is mounted below it shows nowhere else and the other way round, and of its
+/// attributes that restrict what can be done through it (`ro`, `nosuid`, `nodev`, `noexec`) it has these.
+pub fn separate(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> Result<()> {
+    sys::mount_separate(mount, attributes)
+        .map_err(|e| with_privilege_hint(e.into()).doing("setting attributes of a mount"))
+}
+
 fn clone_tree(dir: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);

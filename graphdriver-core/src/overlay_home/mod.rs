@@ -296,6 +296,11 @@ impl Home {
         for entry in std::fs::read_dir(&self.path).doing(|| format!("reading {}", self.path.display()))? {
             let name = entry?.file_name();
             let Some(name) = name.to_str().filter(|name| self.is_leftover(name, known)) else { continue };
+            // Held until it is removed: whoever made a trial may be just about to lock it.
+            let lock = trial::is_trial(name).then(|| trial::abandoned(&self.path.join(name)));
+            if matches!(lock, Some(None)) {
+                continue;
+            }
             freed.bytes += tree::usage(&self.path.join(name))?.bytes;
             freed.layers += 1;
             match name.starts_with("removed-") {

@@ -120,7 +120,7 @@ pub(super) fn is_long_abandoned(home: &Path, name: &str) -> bool {
 }
 
 /// The lock of a trial, if the process that made it is gone.
-fn abandoned(path: &Path) -> Option<OwnedFd> {
+pub(super) fn abandoned(path: &Path) -> Option<OwnedFd> {
     let dir = open_dir(path).ok()?;
     fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).ok().map(|()| dir)
 }

@@ -268,6 +268,7 @@ impl Snapshots {
         if active.id_maps.is_some() {
             self.places.take_down(active.layer);
         }
+        recipes::escape_marks(&self.engine, key, active.layer)?;
         layers.commit(active.layer, &CommitInfo::default(), |tx| match row::rename(tx, key, name, labels)? {
             true => parent
                 .map(|parent| rebase::committed(tx, parent))
