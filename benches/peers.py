@@ -467,7 +467,7 @@ def table(case, samples):
     return "\n".join(lines) + "\n"
 
 
-def machine(directory):
+def machine(directory, programs=("containerd", "podman", "umoci")):
     def version(*command):
         return run(*command).splitlines()[0]
 
@@ -478,9 +478,7 @@ def machine(directory):
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": os.uname().release,
         "filesystem": run("stat", "-f", "-c", "%T", directory),
-        "containerd": version("containerd", "--version"),
-        "podman": version("podman", "--version"),
-        "umoci": version("umoci", "--version"),
+        **{program: version(program, "--version") for program in programs},
     }
 
 

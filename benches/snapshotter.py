@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Times `graphdriver snapshotter` beside containerd's own snapshotters: see benches/README.md.
 
-One containerd has its overlayfs, native and btrfs snapshotters and, as proxies, graphdriver's overlay2, vfs-fuse and
-btrfs. What is compared lies on the same loop device. Each round asks every snapshotter once, in turning order.
+One containerd has its overlayfs, native and btrfs snapshotters and, as proxies, graphdriver's overlay2, vfs-fuse,
+btrfs, devicemapper and zfs. What is compared lies on the same loop device. Each round asks every snapshotter once, in
+turning order.
 """
 
 import argparse
@@ -26,7 +27,11 @@ SNAPSHOTTERS = {
     "gd-vfs-fuse": ("ext4", "overlayfs"),
     "btrfs": ("btrfs", None),
     "gd-btrfs": ("btrfs", "btrfs"),
+    "gd-devicemapper": ("ext4", "overlayfs"),
+    "gd-zfs": ("ext4", "overlayfs"),
 }
+# Not every kernel has these.
+DEFAULT = [name for name in SNAPSHOTTERS if name not in ("gd-devicemapper", "gd-zfs")]
 CASES = ("cycle", "stack", "import", "usage", "list")
 # Nothing is left for the kernel to do in the background.
 MKFS = {"ext4": ["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -41,7 +46,8 @@ class World:
 
     def __init__(self, scratch, given):
         self.scratch, self.given, self.processes = scratch, given, []
-        self.disks = {kind: self.disk(kind) for kind in MKFS}
+        kinds = {"ext4", *(SNAPSHOTTERS[name][0] for name in given.snapshotters)}
+        self.disks = {kind: self.disk(kind) for kind in MKFS if kind in kinds}
         for name in proxies(given.snapshotters):
             self.serve(name)
         self.containerd()
@@ -50,9 +56,10 @@ class World:
         image, target = self.scratch / f"{kind}.img", self.scratch / kind
         with open(image, "wb") as file:
             file.truncate(self.given.disk << 30)
-        run(*MKFS[kind], image)
+        counted = kind == "ext4" and self.given.pquota
+        run(*MKFS[kind], *(["-O", "project,quota", "-E", "quotatype=prjquota"] if counted else []), image)
         target.mkdir()
-        run("mount", "-o", "loop", image, target)
+        run("mount", "-o", "loop,prjquota" if counted else "loop", image, target)
         if kind == "btrfs" and self.given.qgroups:
             run("btrfs", "quota", "enable", target)
         return target
@@ -68,9 +75,25 @@ class World:
         config = self.scratch / "graphdriver.json"
         config.write_text("{}")
         words = ["--root", disk / name, "--storage-driver", name.removeprefix("gd-")]
+        words += [word for option in self.options(name, disk) for word in ("--storage-opt", option)]
         command = [self.given.graphdriver, *words, "snapshotter", "--socket", self.socket(name)]
         self.start(name, command, {**os.environ, "GRAPHDRIVER_CONFIG": str(config)})
         self.wait(name, lambda: self.socket(name).is_socket())
+
+    def options(self, name, disk):
+        if name == "gd-devicemapper":
+            size = f"{self.given.disk * 3 // 4}G"
+            return [f"dm.basesize={size}", f"dm.loopdatasize={size}", "dm.loopmetadatasize=128M"]
+        if name == "gd-zfs":
+            with open(disk / "pool.img", "wb") as file:
+                file.truncate(self.given.disk << 30)
+            properties = ["-o", "cachefile=none", "-O", "mountpoint=none"]
+            # ZFS opens files by their paths outside of this mount namespace.
+            device = run("losetup", "--find", "--show", disk / "pool.img")
+            run("zpool", "create", "-f", *properties, pool(self.scratch), device)
+            run("losetup", "--detach", device)
+            return [f"zfs.fsname={pool(self.scratch)}"]
+        return []
 
     def socket(self, name):
         return self.scratch / f"{name}.sock"
@@ -81,8 +104,10 @@ class World:
             f'version = 2\nroot = "{root}/containerd"\nstate = "{self.scratch}/state"',
             'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]',
             f'[grpc]\naddress = "{self.socket("containerd")}"',
-            f'[plugins."io.containerd.snapshotter.v1.btrfs"]\nroot_path = "{self.disks["btrfs"]}/containerd"',
         ]
+        if "btrfs" in self.disks:
+            place = f'root_path = "{self.disks["btrfs"]}/containerd"'
+            config.append(f'[plugins."io.containerd.snapshotter.v1.btrfs"]\n{place}')
         for name in proxies(self.given.snapshotters):
             config.append(f'[proxy_plugins.{name}]\ntype = "snapshot"\naddress = "{self.socket(name)}"')
         path = self.scratch / "config.toml"
@@ -102,6 +127,7 @@ class World:
             process.terminate()
         for _, process in self.processes:
             process.wait()
+        let_go(self.scratch)
         for disk in self.disks.values():
             run("umount", "--recursive", disk)
 
@@ -126,6 +152,24 @@ class World:
     def settle(self):
         for disk in self.disks.values():
             sync_filesystem(disk)
+
+
+def pool(scratch):
+    return f"bench-{scratch.name}"
+
+
+def let_go(scratch):
+    """Pool and devices, which outlive a mount namespace."""
+    for tree in scratch.glob("many-*"):
+        subprocess.run(["umount", tree], capture_output=True)
+    if shutil.which("zpool") and pool(scratch) in run("zpool", "list", "-H", "-o", "name").splitlines():
+        subprocess.run(["zpool", "destroy", "-f", pool(scratch)])
+    state = scratch / "ext4/gd-devicemapper/devicemapper/data/pool.json"
+    if state.exists():
+        prefix = f"graphdriver-{json.loads(state.read_text())['id']}-"
+        names = [line.split()[0] for line in run("dmsetup", "ls").splitlines() if line.startswith(prefix)]
+        for name in sorted(names, key=lambda name: name.endswith("-pool")):
+            subprocess.run(["dmsetup", "remove", "--retry", name])
 
 
 class Cases:
@@ -191,18 +235,23 @@ class Cases:
     def usage(self):
         trees = {name: self.tree(name) for name in self.given.snapshotters}
         for name in self.rounds("usage"):
-            # The kernel knows of it for sure when it is written down: qgroups and btrfs's own metadata lag behind.
-            (trees[name] / "one-more").write_bytes(os.urandom(1 << 16))
-            self.world.settle()
-            changed = self.world.calls(name, "usage", "many")
-            assert changed["bytes"] > 1 << 16 and changed["inodes"] > self.given.files, changed
-            self.add("usage", "after a write", name, changed["seconds"][0])
-            again = self.world.calls(name, "usage", "many", "--count", 3)
-            self.add("usage", "once more", name, statistics.median(again["seconds"]))
+            self.one_usage(name, trees[name])
         for name in self.given.snapshotters:
             if trees[name] == self.world.scratch / f"many-{name}":
                 run("umount", trees[name])
             self.world.empty(name)
+
+    def one_usage(self, name, tree):
+        # The kernel knows of it for sure when it is written down: qgroups and btrfs's own metadata lag behind.
+        (tree / "one-more").write_bytes(os.urandom(1 << 16))
+        sync_filesystem(tree)
+        self.world.settle()
+        changed = self.world.calls(name, "usage", "many")
+        assert changed["bytes"] > 1 << 16 and changed["inodes"] > self.given.files, changed
+        self.add("usage", "after a write", name, changed["seconds"][0])
+        again = self.world.calls(name, "usage", "many", "--count", 3)
+        self.add("usage", "once more", name, statistics.median(again["seconds"]))
+        print(f"usage: {name}: {again['bytes']} bytes, {again['inodes']} inodes", file=sys.stderr, flush=True)
 
     def tree(self, name):
         """An active snapshot with many files in it, mounted; where they can be written without a copy."""
@@ -267,7 +316,8 @@ def arguments():
     parser.add_argument("--graphdriver", default=release / "graphdriver", type=Path, metavar="PATH")
     parser.add_argument("--calls", default=release / "examples/snapshotter-calls", type=Path, metavar="PATH")
     parser.add_argument("--cases", default=",".join(CASES), help="of %(default)s", metavar="A,B")
-    parser.add_argument("--snapshotters", default=",".join(SNAPSHOTTERS), help="of %(default)s", metavar="A,B")
+    parser.add_argument("--snapshotters", default=",".join(DEFAULT), metavar="A,B",
+                        help="of %(default)s (the default), gd-devicemapper, gd-zfs")
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--count", default=300, type=int, help="cycles in each round (%(default)s)")
     parser.add_argument("--layers", default=128, type=int, help="in a stack (%(default)s)")
@@ -276,6 +326,7 @@ def arguments():
     parser.add_argument("--archive", default="oci.tar", help="of scripts/make-image (%(default)s)")
     parser.add_argument("--disk", default=16, type=int, metavar="GIB", help="each of two sparse disks (%(default)s)")
     parser.add_argument("--qgroups", action="store_true", help="with btrfs's quotas turned on")
+    parser.add_argument("--pquota", action="store_true", help="with ext4's project quotas turned on")
     parser.add_argument("--quick", action="store_true", help="small figures and 2 rounds, to see that it runs")
     parser.add_argument("--dir", default=cache, type=Path, help="where disks are made (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write every sample there")
@@ -304,7 +355,7 @@ def main():
         namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         os.execvp("unshare", ["unshare", *namespaces, sys.executable, *sys.argv])
     given.dir.mkdir(parents=True, exist_ok=True)
-    begun = {"machine": machine(given.dir), "load": os.getloadavg()}
+    begun = {"machine": machine(given.dir, ["containerd"]), "load": os.getloadavg()}
     scratch = Path(tempfile.mkdtemp(prefix="snap-", dir=given.dir.resolve()))
     try:
         world = World(scratch, given)
@@ -313,13 +364,14 @@ def main():
             getattr(cases, {"import": "imports"}.get(case, case))()
         world.stop()
     finally:
+        let_go(scratch)
         # The disks are let go with this mount namespace, whatever is still mounted from them.
         for kind in MKFS:
             subprocess.run(["umount", "--lazy", scratch / kind], capture_output=True)
         shutil.rmtree(scratch, ignore_errors=True)
     print("\n".join(table(case, columns) for case, columns in cases.samples.items()))
     if given.json:
-        report = {**begun, "load_at_the_end": os.getloadavg(), "qgroups": given.qgroups}
+        report = {**begun, "load_at_the_end": os.getloadavg(), "qgroups": given.qgroups, "pquota": given.pquota}
         figures = ("rounds", "count", "layers", "files", "snapshots", "archive")
         report["arguments"] = {name: getattr(given, name) for name in figures}
         given.json.write_text(json.dumps({**report, "results": cases.samples}, indent=1) + "\n")
