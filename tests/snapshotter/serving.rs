@@ -454,7 +454,6 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         let target = target.to_str().unwrap();
         let (program, options) = (mounts[0].r#type.strip_prefix("fuse3.").unwrap(), mounts[0].options.join(","));
         system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
-        let begun = Instant::now();
         system("mount", &["--make-shared", target]);
         // The same filesystem once more, and no second daemon.
         let again = s.mounts("work").unwrap();
@@ -478,8 +477,10 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         system("mount.fuse3", &[&again[0].source, second.to_str().unwrap(), "-o", &joined, "-t", program]);
         assert_eq!(fs::write(second.join("file"), "").unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
         system("umount", &[second.to_str().unwrap()]);
+        // One that may be just ending is given 5 seconds.
+        let begun = Instant::now();
         refused(s.commit("done", "work"), Code::FailedPrecondition);
-        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_millis(4900), "{:?}", begun.elapsed());
         system("umount", &[target]);
         // A daemon that is just ending is.
         let mounts = s.mounts("work").unwrap();
@@ -487,7 +488,7 @@ fn whoever_has_vfs_fuse_mounted_is_not_waited_for() {
         s.remove("work").unwrap();
         let begun = Instant::now();
         s.cleanup().unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_millis(4900), "{:?}", begun.elapsed());
         system("umount", &[target]);
         s.cleanup().unwrap();
         assert_eq!(s.stored().len(), 0);
