@@ -140,7 +140,8 @@ fn serve(config: Config, options: &MountOptions, place: Place, ready: impl FnOnc
     let union = Union::open(config)?;
     let session = Session::start(union, place.target, options)?;
     let mounted = place.path.and_then(|path| Mounted::find(&path));
-    if let (Some(mounted), Some(work)) = (&mounted, work) {
+    let named = options.fsname != MountOptions::default().fsname;
+    if let (Some(mounted), Some(work)) = (&mounted, work.filter(|_| named)) {
         // Without it nobody joins the mount, which is no reason to have none.
         announce(&work, mounted.dev).unwrap_or_else(|error| tracing::warn!(%error, "no second mount will be possible"));
     }

@@ -21,13 +21,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// In the work directory, `MAJOR:MINOR`: the device number of the mount that whoever has the layer serves.
+/// In the work directory, a symlink whose target is `MAJOR:MINOR`: the device number of the mount that whoever has the layer
+/// serves. It takes no block.
 const DEVICE: &str = "vfs-fuse/device";
 
 /// Tells [`joined`] which filesystem is this layer's. The caller serves it.
 pub fn announce(work: &Path, (major, minor): (u32, u32)) -> Result<()> {
     let path = work.join(DEVICE);
-    std::fs::write(&path, format!("{major}:{minor}\n")).doing(|| format!("writing {}", path.display()))
+    std::os::unix::fs::symlink(format!("{major}:{minor}"), &path).doing(|| format!("making {}", path.display()))
 }
 
 /// A detached mount of the filesystem that the daemon of the layer `upper` serves, with these attributes and no others;
@@ -61,8 +62,8 @@ pub fn joined(upper: &Path, work: &Path, attributes: MountAttrFlags) -> Result<O
 }
 
 fn announced(work: &Path) -> Option<(u32, u32)> {
-    let text = std::fs::read_to_string(work.join(DEVICE)).ok()?;
-    let (major, minor) = text.strip_suffix('\n')?.split_once(':')?;
+    let target = std::fs::read_link(work.join(DEVICE)).ok()?;
+    let (major, minor) = target.to_str()?.split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
@@ -95,8 +96,9 @@ mod tests {
         std::fs::create_dir(work.path().join("vfs-fuse")).unwrap();
         announce(work.path(), (0, 99)).unwrap();
         assert_eq!(announced(work.path()), Some((0, 99)));
-        for odd in ["", "0:99", "0\n", "0:x\n", "0:1:2\n"] {
-            std::fs::write(work.path().join(DEVICE), odd).unwrap();
+        for odd in ["0", "0:x", "0:1:2", ":"] {
+            std::fs::remove_file(work.path().join(DEVICE)).unwrap();
+            std::os::unix::fs::symlink(odd, work.path().join(DEVICE)).unwrap();
             assert_eq!(announced(work.path()), None, "{odd:?}");
         }
     }
