@@ -176,10 +176,17 @@ fn change(dir: &Path) {
 fn attached(s: &Service, mounts: &[types::Mount], work: impl FnOnce(&Path)) {
     let place = s.root.with_file_name("shown");
     fs::create_dir_all(&place).unwrap();
-    let tree = Tree::of(mounts);
-    let dir = |path: &Path| File::open(path).unwrap();
-    mount::attach(tree.mount(), std::os::fd::AsFd::as_fd(&dir(&place))).unwrap();
-    drop(tree);
+    match mounts[0].r#type.strip_prefix("fuse3.") {
+        // As containerd does: only such a mount can be joined.
+        Some(program) => {
+            let (target, options) = (place.to_str().unwrap(), mounts[0].options.join(","));
+            system("mount.fuse3", &[&mounts[0].source, target, "-o", &options, "-t", program]);
+        }
+        None => {
+            let tree = Tree::of(mounts);
+            mount::attach(tree.mount(), std::os::fd::AsFd::as_fd(&File::open(&place).unwrap())).unwrap();
+        }
+    }
     work(&place);
     mount::unmount(&place, false).unwrap();
 }
