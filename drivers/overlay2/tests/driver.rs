@@ -179,9 +179,11 @@ fn works_in_a_user_namespace_without_any_privilege() {
     }
     let tmp = tempfile::tempdir().unwrap();
     fs::set_permissions(tmp.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    // The build directory may be closed to others.
+    // The build directory may be closed to others. What another thread forks meanwhile would have a copy of ours open for
+    // writing, with which nothing runs (ETXTBSY).
     let exe = tmp.path().join("test");
-    fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&exe).status().unwrap();
+    assert!(copied.success());
     let ran = Command::new("setpriv")
         .args(["--reuid=1000", "--regid=1000", "--clear-groups", "unshare", "--map-root-user", "--mount"])
         .arg(exe)

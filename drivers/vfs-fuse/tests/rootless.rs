@@ -81,8 +81,10 @@ impl Rig {
     fn new(fill: &str) -> Rig {
         let layers = Layers::new(2);
         let dir = layers.dir();
-        // The build directory may be closed to others.
-        fs::copy(program(), dir.join("vfs-fuse")).unwrap();
+        // The build directory may be closed to others. What another thread forks meanwhile would have a copy of ours open
+        // for writing, with which nothing runs (ETXTBSY).
+        let copied = std::process::Command::new("cp").arg(program()).arg(dir.join("vfs-fuse")).status().unwrap();
+        assert!(copied.success());
         fs::set_permissions(dir.join("vfs-fuse"), Permissions::from_mode(0o755)).unwrap();
         disk::sh(
             dir,
