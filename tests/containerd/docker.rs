@@ -48,8 +48,8 @@ kill -KILL $service; wait $service || :
 before=$(beats)
 service
 until_true sn info "$(docker inspect -f '{{.Id}}' beats)"
-sleep 0.5
-(($(beats) > before)) && echo "goes on"
+more() { (($(beats) > before)); }
+until_true more && echo "goes on"
 docker cp second:/written - | tar -xO
 # Of a container that runs Docker copies and commits through a mount of its own.
 docker cp beats:/written - | tar -xO

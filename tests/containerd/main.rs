@@ -114,18 +114,17 @@ ctr task start second
 # The service may go, in any way, and the container goes on.
 run -d "$image" beats /bin/sh -c 'while :; do echo beat >> /beats; sleep 0.1; done'
 beats() { ctr task exec --exec-id "e$RANDOM$RANDOM" beats /bin/sh -c 'grep -c beat /beats'; }
+more() { (($(beats) > before)); }
 until_true beats
 kill -KILL $service; wait $service || :
 before=$(beats)
 service
 until_true sn info beats
-sleep 0.5
-(($(beats) > before)) && echo "goes on"
+until_true more && echo "goes on"
 kill -KILL $containerd; wait $containerd || :
 containerd
 before=$(beats)
-sleep 0.5
-(($(beats) > before)) && echo "goes on"
+until_true more && echo "goes on"
 graphdriver mounts > mounts
 ctr task kill -s KILL beats
 until_true ctr task rm beats

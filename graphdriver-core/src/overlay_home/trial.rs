@@ -130,7 +130,10 @@ fn locked_dir(dir: &Path) -> Result<(tempfile::TempDir, OwnedFd)> {
     loop {
         let tmp = tempfile::Builder::new().prefix(PREFIX).tempdir_in(dir)?;
         // Before it was locked somebody may have taken it for abandoned.
-        let Ok(lock) = open_dir(tmp.path()) else { continue };
+        let lock = match open_dir(tmp.path()) {
+            Err(rustix::io::Errno::NOENT) => continue,
+            opened => opened?,
+        };
         fs::flock(&lock, FlockOperation::LockExclusive)?;
         if fs::fstat(&lock)?.st_nlink > 0 {
             return Ok((tmp, lock));

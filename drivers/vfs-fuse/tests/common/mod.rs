@@ -230,7 +230,7 @@ impl Mounted {
     /// Unmounts, which fails if it is in use, and waits for the daemon, which must end without an error.
     pub fn unmount(mut self) {
         // For a moment it may be in use by a process that another test has forked: it has all descriptors until its exec.
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + Duration::from_secs(30);
         while let Err(e) = umount2(&self.path, MntFlags::empty()) {
             let again = e == nix::Error::EBUSY && Instant::now() < deadline;
             assert!(again, "unmounting {}: {e}", self.path.display());
